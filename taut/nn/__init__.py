@@ -1,0 +1,1 @@
+"""Plain torch modules for people who build models."""

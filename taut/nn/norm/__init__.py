@@ -1,0 +1,1 @@
+"""Normalisations as plain torch modules, drop-in where torch has one."""

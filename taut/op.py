@@ -1,0 +1,108 @@
+"""An op: one function of tensors. Its body is the plain reference; faster implementations may be attached to it.
+
+An implementation's `when` answers None ("I can run this call") or the reason why it cannot, in words. Calling an op
+takes the fastest implementation that fits, else the reference; calling it with `impl=` runs that one or raises.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+Reason = str | None
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a call must do at the least: `flops` operations, and `bytes` read once and written once."""
+
+    flops: float
+    bytes: float
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
+
+@dataclass(frozen=True)
+class Impl:
+    name: str
+    run: Callable[..., Any]
+    when: Callable[..., Reason]
+
+
+@dataclass(eq=False)
+class Op:
+    """A reference function with its implementations, its least work and its test cases, all declared beside it."""
+
+    reference: Callable[..., Any]
+    impls: list[Impl] = field(default_factory=list)
+    work: Callable[..., Work] | None = None
+    cases: Callable[..., Iterable[tuple[tuple, dict]]] | None = None
+
+    def __post_init__(self) -> None:
+        functools.update_wrapper(self, self.reference)
+
+    @property
+    def name(self) -> str:
+        return self.reference.__name__
+
+    def impl(self, name: str, *, when: Callable[..., Reason]):
+        """Attach a faster implementation; the one attached last is tried first."""
+
+        def attach(run: Callable[..., Any]):
+            self.impls.insert(0, Impl(name, run, when))
+            return run
+
+        return attach
+
+    def least(self, work: Callable[..., Work]) -> Callable[..., Work]:
+        """Declare the least work of a call: same arguments as the op (meta tensors will do), returns Work."""
+        self.work = work
+        return work
+
+    def tests(self, cases: Callable[..., Iterable[tuple[tuple, dict]]]):
+        """Declare test inputs: `cases(make)` yields (args, kwargs); `make(*shape)` gives a random tensor."""
+        self.cases = cases
+        return cases
+
+    def __call__(self, *args: Any, impl: str | None = None, **kwargs: Any) -> Any:
+        if impl is not None:
+            return self._by_name(impl, args, kwargs)
+        for candidate in self.impls:
+            if candidate.when(*args, **kwargs) is None:
+                return candidate.run(*args, **kwargs)
+        return self.reference(*args, **kwargs)
+
+    def _by_name(self, name: str, args: tuple, kwargs: dict) -> Any:
+        if name == "reference":
+            return self.reference(*args, **kwargs)
+        for candidate in self.impls:
+            if candidate.name == name:
+                reason = candidate.when(*args, **kwargs)
+                if reason is not None:
+                    raise RuntimeError(f"{self.name}: {name} cannot run this call: {reason}")
+                return candidate.run(*args, **kwargs)
+        known = ", ".join([i.name for i in self.impls] + ["reference"])
+        raise KeyError(f"{self.name} has no implementation {name!r}; it has {known}")
+
+    def explain(self, *args: Any, **kwargs: Any) -> list[tuple[str, str]]:
+        """Why each implementation would or would not run this call, in the order in which they are tried."""
+        verdicts = [(i.name, i.when(*args, **kwargs)) for i in self.impls]
+        return [(name, reason or "fits") for name, reason in verdicts] + [("reference", "always fits")]
+
+    def __repr__(self) -> str:
+        return f"op {self.name}"
+
+
+def op(reference: Callable[..., Any]) -> Op:
+    """Make a function an op; its body becomes the reference."""
+    return Op(reference)
+
+
+def nbytes(*tensors: Tensor | None) -> int:
+    """Bytes of the tensors, each counted once."""
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)

@@ -1,0 +1,1 @@
+"""Ops: one file an op, the plain reference with its faster implementations."""

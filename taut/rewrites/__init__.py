@@ -1,0 +1,1 @@
+"""Rewrites: one file a rewrite. Found by listing this folder."""
