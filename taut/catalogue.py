@@ -19,10 +19,10 @@ def modules(package: str) -> Iterator[ModuleType]:
 
 
 def find(package: str, kind: type[T]) -> dict[str, T]:
-    """Every object of a kind that a package's modules define at their top level, by name."""
+    """Every object of a kind that a package's modules hold at their top level, by name."""
     found: dict[str, T] = {}
     for module in modules(package):
         for name, value in vars(module).items():
-            if isinstance(value, kind) and getattr(value, "__module__", module.__name__) == module.__name__:
-                found[name] = value
+            if isinstance(value, kind):
+                found.setdefault(name, value)
     return found

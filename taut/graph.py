@@ -1,0 +1,184 @@
+"""What a model computes: the exported graph, its parameters by checkpoint name, runnable at every stage."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from taut.op import Op
+from taut.values import Original, Value, reader
+
+Watch = Callable[[fx.Node, Any, Callable[[fx.Node], Any]], Any]
+
+LOW = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Float64(TorchDispatchMode):
+    """Inside, every cast to a narrower floating type casts to float64: what runs is the real-number function."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if kwargs.get("dtype") in LOW:
+            kwargs["dtype"] = torch.float64
+        args = tuple(torch.float64 if isinstance(a, torch.dtype) and a in LOW else a for a in args)
+        return func(*args, **kwargs)
+
+
+@dataclass(eq=False)
+class Graph:
+    """An FX graph of ATen and taut ops with the tensors it reads.
+
+    `tensors` are the model's own, by name (meta tensors where only shapes are known); `values` says what each
+    parameter has become; `ties` maps every name of a parameter to the one name used here; `outputs` are the names of
+    what the model returns. Nodes carry in `meta`: `val` (a meta tensor), `where` (module path), `line` (source), and
+    placeholders `kind` ("parameter", "buffer" or "input") and `tensor` (its name).
+    """
+
+    fx: fx.Graph
+    tensors: Mapping[str, Tensor]
+    values: dict[str, Value]
+    ties: dict[str, str]
+    outputs: tuple[str, ...]
+    written: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def nodes(self) -> Iterator[fx.Node]:
+        return iter(self.fx.nodes)
+
+    def calls(self, *targets: Any) -> Iterator[fx.Node]:
+        """The nodes that call one of the targets, in the order in which they run."""
+        return (n for n in self.fx.nodes if n.op == "call_function" and n.target in targets)
+
+    def placeholders(self, kind: str) -> dict[str, fx.Node]:
+        return {n.meta["tensor"]: n for n in self.fx.nodes if n.op == "placeholder" and n.meta["kind"] == kind}
+
+    @property
+    def output(self) -> fx.Node:
+        return next(n for n in reversed(self.fx.nodes) if n.op == "output")
+
+    def names_of(self, parameter: str) -> list[str]:
+        """Every name under which the checkpoint may hold a parameter."""
+        return [name for name, canonical in self.ties.items() if canonical == parameter] or [parameter]
+
+    def copy(self) -> Graph:
+        twin, mapped = fx.Graph(), {}
+        result = twin.graph_copy(self.fx, mapped)
+        out = twin.output(result)
+        out.meta = dict(self.output.meta)
+        return Graph(twin, self.tensors, dict(self.values), self.ties, self.outputs, dict(self.written))
+
+    def changed(self) -> dict[str, Value]:
+        """The parameters that are no longer the model's own."""
+        return {name: value for name, value in self.values.items() if value != Original(name)}
+
+    def evaluate(self, name: str, dtype: torch.dtype | None = torch.float64) -> Tensor:
+        """A parameter's present value; in its own dtype when `dtype` is None, rounded once."""
+        value = self.values[name]
+        if dtype is None:
+            if value == Original(name):
+                return self.tensors[name]
+            from taut.checkpoint.rounding import round_once
+
+            return round_once(value.evaluate(reader(self.tensors)), self.dtype_of(name))
+        return value.evaluate(reader(self.tensors)).to(dtype)
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype in which a parameter is written; a new one takes that of the first tensor it comes from."""
+        from taut.values import originals
+
+        source = name if name in self.tensors else next(originals(self.values[name]), None)
+        return self.tensors[source].dtype if source else torch.get_default_dtype()
+
+    def run(
+        self,
+        inputs: Mapping[str, Tensor],
+        parameters: Mapping[str, Tensor] | None = None,
+        *,
+        float64: bool = False,
+        watch: Watch | None = None,
+    ) -> dict[str, Tensor]:
+        """Run the graph. `float64` computes the real-number function from float64 parameters.
+
+        `parameters` replaces this graph's own values; `watch(node, value, value_of)` sees every value and may
+        replace it.
+        """
+        device = next((t.device for t in inputs.values()), torch.device("cpu"))
+        if parameters is None:
+            parameters = {n: self.evaluate(n, torch.float64 if float64 else None) for n in self.values}
+        if not float64:
+            return _run(self, inputs, parameters, device, watch)
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            with Float64():
+                return _run(self, inputs, parameters, device, watch)
+        finally:
+            torch.set_default_dtype(default)
+
+    def __str__(self) -> str:
+        from taut.printing import text
+
+        return text(self)
+
+
+def _run(graph: Graph, inputs, parameters, device, watch) -> dict[str, Tensor]:
+    env: dict[fx.Node, Any] = {}
+    wide = torch.get_default_dtype() is torch.float64
+    last_use = {arg: node for node in graph.fx.nodes for arg in node.all_input_nodes}
+    dying: dict[fx.Node, list[fx.Node]] = {}
+    for arg, node in last_use.items():
+        dying.setdefault(node, []).append(arg)
+    for node in graph.fx.nodes:
+        if node.op == "placeholder":
+            value = _placeholder(graph, node, inputs, parameters)
+            if wide and isinstance(value, Tensor) and value.is_floating_point():
+                value = value.double()
+        elif node.op == "output":
+            results = fx.map_arg(node.args[0], env.__getitem__)
+            return dict(zip(graph.outputs, results, strict=True))
+        else:
+            value = call(node, env.__getitem__, device)
+        if watch is not None:
+            value = watch(node, value, env.__getitem__)
+        env[node] = value
+        for arg in dying.get(node, ()):
+            del env[arg]
+    raise AssertionError("a graph ends with its output")
+
+
+def _placeholder(graph: Graph, node: fx.Node, inputs, parameters) -> Tensor:
+    name = node.meta["tensor"]
+    if node.meta["kind"] == "parameter":
+        return parameters[name]
+    if node.meta["kind"] == "buffer":
+        return graph.tensors[name]
+    if name not in inputs:
+        raise KeyError(f"the graph reads the input {name!r}; the inputs given are {sorted(inputs)}")
+    return inputs[name]
+
+
+def call(node: fx.Node, value_of: Callable[[fx.Node], Any], device: torch.device) -> Any:
+    """Call a node's function; a device recorded when tracing becomes the device of this run."""
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), value_of)
+    args = tuple(device if isinstance(a, torch.device) else a for a in args)
+    kwargs = {k: device if isinstance(v, torch.device) else v for k, v in kwargs.items()}
+    target: Any = node.target
+    if isinstance(target, Op):
+        return target(*args, impl="reference", **kwargs)
+    return target(*args, **kwargs)
+
+
+def shape(node: fx.Node) -> tuple[int, ...]:
+    """The shape of a node's tensor; empty for what is not a tensor."""
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def is_getitem(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is operator.getitem

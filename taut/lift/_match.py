@@ -1,0 +1,92 @@
+"""What the matchers share: looking through casts, and telling parameters from activations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from taut.graph import Graph, shape
+
+aten = torch.ops.aten
+
+CASTS = {
+    aten._to_copy.default,
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.to.device,
+    aten.type_as.default,
+    aten.alias.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.detach.default,
+    aten.lift_fresh_copy.default,
+    aten.dropout.default,
+}
+
+
+def is_call(node: Any, *targets: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def is_cast(node: Any) -> bool:
+    return is_call(node, *CASTS)
+
+
+def through_casts(node: Any) -> Any:
+    """The node before any casts."""
+    while is_cast(node):
+        node = node.args[0]
+    return node
+
+
+def sole_use(node: fx.Node) -> fx.Node | None:
+    """The one user of a node, past casts; None when there are several."""
+    users = list(node.users)
+    while len(users) == 1 and is_cast(users[0]):
+        node, users = users[0], list(users[0].users)
+    return users[0] if len(users) == 1 else None
+
+
+def after_casts(node: fx.Node) -> fx.Node:
+    """The last of the casts that alone read a node."""
+    users = list(node.users)
+    while len(users) == 1 and is_cast(users[0]):
+        node, users = users[0], list(users[0].users)
+    return node
+
+
+def is_constant(node: Any, known: dict[fx.Node, bool]) -> bool:
+    """Whether a node is computed from parameters and numbers alone."""
+    if not isinstance(node, fx.Node):
+        return True
+    if node not in known:
+        if node.op == "placeholder":
+            known[node] = node.meta["kind"] == "parameter"
+        else:
+            inputs = node.all_input_nodes
+            known[node] = node.op == "call_function" and bool(inputs) and all(is_constant(i, known) for i in inputs)
+    return known[node]
+
+
+def other(node: fx.Node, one: fx.Node) -> Any:
+    """The other operand of a binary node."""
+    first, second = node.args[:2]
+    return second if first is one else first
+
+
+def replace(graph: Graph, old: fx.Node, op: Any, args: tuple, where: str | None = None) -> fx.Node:
+    """Put a call of `op` where `old` is; what it returns has old's dtype."""
+    with graph.fx.inserting_after(old):
+        new = graph.fx.call_function(op, args)
+    new.meta = dict(old.meta) if where is None else dict(old.meta) | {"where": where}
+    last = new
+    source, wanted = args[0].meta.get("val"), old.meta.get("val")
+    if isinstance(wanted, Tensor) and isinstance(source, Tensor) and source.dtype != wanted.dtype:
+        new.meta["val"] = torch.empty(shape(old), dtype=source.dtype, device="meta")
+        with graph.fx.inserting_after(new):
+            last = graph.fx.call_function(aten._to_copy.default, (new,), {"dtype": wanted.dtype})
+        last.meta = dict(old.meta)
+    old.replace_all_uses_with(last, delete_user_cb=lambda user: user is not new and user is not last)
+    return new

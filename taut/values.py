@@ -1,0 +1,172 @@
+"""What a parameter has become: a small expression over the tensors it was computed from.
+
+A rewrite never computes a tensor. It says how the new one follows from the old ones, and so the same rewrite serves a
+model in memory, a float64 proof and a checkpoint that is streamed from disk a few rows at a time. Everything is
+evaluated in float64 and rounded once, when it is written. Expressions nest, which is how rewrites compose, and compare
+by structure, which is how two sites that want the same rewrite of a shared parameter are recognised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Rows = slice | None
+Read = Callable[[str, Rows], Tensor]
+"""Reads (some rows of) an original tensor by name, in any dtype."""
+
+
+class Value(Protocol):
+    """An expression; `rows` are along the first axis, None for all of them."""
+
+    def evaluate(self, read: Read, rows: Rows = None) -> Tensor: ...
+    def children(self) -> tuple[Value, ...]: ...
+
+
+@dataclass(frozen=True)
+class Original:
+    """The tensor as it stands in the checkpoint."""
+
+    name: str
+
+    def evaluate(self, read: Read, rows: Rows = None) -> Tensor:
+        return read(self.name, rows).double()
+
+    def children(self) -> tuple[Value, ...]:
+        return ()
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A constant tensor."""
+
+    shape: tuple[int, ...]
+    value: float
+
+    def evaluate(self, read: Read, rows: Rows = None) -> Tensor:
+        return torch.full(self.shape, self.value, dtype=torch.float64)[rows if rows is not None else slice(None)]
+
+    def children(self) -> tuple[Value, ...]:
+        return ()
+
+
+@dataclass(frozen=True)
+class Affine:
+    """`scale * x + offset`: a gain as the model computes it from its parameter (`1 + w` has offset 1)."""
+
+    x: Value
+    scale: float
+    offset: float
+
+    def evaluate(self, read: Read, rows: Rows = None) -> Tensor:
+        return self.x.evaluate(read, rows) * self.scale + self.offset
+
+    def children(self) -> tuple[Value, ...]:
+        return (self.x,)
+
+
+@dataclass(frozen=True)
+class Pick:
+    """The elements of a small tensor, flattened, in the order in which a reader meets them."""
+
+    x: Value
+    order: tuple[int, ...] | None = None
+
+    def evaluate(self, read: Read, rows: Rows = None) -> Tensor:
+        flat = self.x.evaluate(read).flatten()
+        picked = flat if self.order is None else flat[torch.tensor(self.order)]
+        return picked if rows is None else picked[rows]
+
+    def children(self) -> tuple[Value, ...]:
+        return (self.x,)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A tensor multiplied along one axis by a vector."""
+
+    x: Value
+    by: Value
+    axis: int
+
+    def evaluate(self, read: Read, rows: Rows = None) -> Tensor:
+        x = self.x.evaluate(read, rows)
+        by = self.by.evaluate(read, rows if self.axis == 0 else None)
+        return x * by.view([-1 if a == self.axis else 1 for a in range(x.ndim)])
+
+    def children(self) -> tuple[Value, ...]:
+        return (self.x, self.by)
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """`bias + weight . shift`, the contraction over `axis` and over the axes in `summed` (a convolution's window).
+
+    `keep` is the axis of the weight that runs along the bias.
+    """
+
+    bias: Value
+    weight: Value
+    shift: Value
+    axis: int
+    keep: int
+
+    def evaluate(self, read: Read, rows: Rows = None) -> Tensor:
+        by_row = self.keep == 0
+        weight = self.weight.evaluate(read, rows if by_row else None)
+        shift = self.shift.evaluate(read)
+        moved = weight.movedim((self.keep, self.axis), (0, 1))
+        moved = moved.reshape(*moved.shape[:2], -1).sum(-1) @ shift
+        bias = self.bias.evaluate(read, rows)
+        return bias + (moved if by_row or rows is None else moved[rows])
+
+    def children(self) -> tuple[Value, ...]:
+        return (self.bias, self.weight, self.shift)
+
+
+@dataclass(frozen=True)
+class Centred:
+    """A tensor minus its mean along one axis."""
+
+    x: Value
+    axis: int
+
+    def evaluate(self, read: Read, rows: Rows = None) -> Tensor:
+        if self.axis == 0 and rows is not None:
+            return self.evaluate(read)[rows]
+        x = self.x.evaluate(read, rows)
+        return x - x.mean(self.axis, keepdim=True)
+
+    def children(self) -> tuple[Value, ...]:
+        return (self.x,)
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Tensors one below the other, along the first axis."""
+
+    parts: tuple[Value, ...]
+
+    def evaluate(self, read: Read, rows: Rows = None) -> Tensor:
+        whole = torch.cat([part.evaluate(read) for part in self.parts])
+        return whole if rows is None else whole[rows]
+
+    def children(self) -> tuple[Value, ...]:
+        return self.parts
+
+
+def originals(value: Value) -> Iterator[str]:
+    """The names of the original tensors that a value is computed from."""
+    if isinstance(value, Original):
+        yield value.name
+    for child in value.children():
+        yield from originals(child)
+
+
+def reader(tensors) -> Read:
+    """Read from a mapping of tensors that are in memory."""
+    return lambda name, rows: tensors[name] if rows is None else tensors[name][rows]
