@@ -36,7 +36,7 @@ class Graph:
 
     `tensors` are the model's own, by name (meta tensors where only shapes are known); `values` says what each
     parameter has become; `ties` maps every name of a parameter to the one name used here; `outputs` are the names of
-    what the model returns. Nodes carry in `meta`: `val` (a meta tensor), `where` (module path), `line` (source), and
+    what the model returns; `written` has the dtype of each parameter that a rewrite added. Nodes carry in `meta`: `val` (a meta tensor), `where` (module path), `line` (source), and
     placeholders `kind` ("parameter", "buffer" or "input") and `tensor` (its name).
     """
 
@@ -73,6 +73,24 @@ class Graph:
         out.meta = dict(self.output.meta)
         return Graph(twin, self.tensors, dict(self.values), self.ties, self.outputs, dict(self.written))
 
+    def add_parameter(self, name: str, value: Value, like: Tensor) -> fx.Node:
+        """A new parameter with its value; `like` (meta will do) has its shape and dtype."""
+        first = next(iter(self.fx.nodes))
+        with self.fx.inserting_before(first):
+            node = self.fx.placeholder(name.replace(".", "_"))
+        val = torch.empty(like.shape, dtype=like.dtype, device="meta")
+        node.meta = {"kind": "parameter", "tensor": name, "val": val, "where": "", "line": ""}
+        self.values[name], self.written[name] = value, str(like.dtype).removeprefix("torch.")
+        return node
+
+    def insert(self, target: Any, args: tuple, before: fx.Node, kwargs: dict | None = None) -> fx.Node:
+        """A new call in front of a node, with its shape worked out on the meta device; it takes that node's place."""
+        with self.fx.inserting_before(before):
+            node = self.fx.call_function(target, args, kwargs or {})
+        node.meta = {"where": before.meta.get("where", ""), "line": before.meta.get("line", "")}
+        node.meta["val"] = call(node, lambda n: n.meta["val"], torch.device("meta"))
+        return node
+
     def changed(self) -> dict[str, Value]:
         """The parameters that are no longer the model's own."""
         return {name: value for name, value in self.values.items() if value != Original(name)}
@@ -89,11 +107,8 @@ class Graph:
         return value.evaluate(reader(self.tensors)).to(dtype)
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """The dtype in which a parameter is written; a new one takes that of the first tensor it comes from."""
-        from taut.values import originals
-
-        source = name if name in self.tensors else next(originals(self.values[name]), None)
-        return self.tensors[source].dtype if source else torch.get_default_dtype()
+        """The dtype in which a parameter is written."""
+        return self.tensors[name].dtype if name in self.tensors else getattr(torch, self.written[name])
 
     def run(
         self,

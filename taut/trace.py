@@ -177,6 +177,7 @@ def _graph(exported: torch.export.ExportedProgram, model: nn.Module, names: tupl
                 graph.erase_node(node)
             else:
                 _annotate(node)
+    _without_copies(graph)
     _merge_placeholders(graph)
     _keep_outputs(graph, signature)
     graph.eliminate_dead_code()
@@ -232,6 +233,24 @@ def _meta(value: Any) -> Any:
         return int(v) if isinstance(v, torch.SymInt) else v
 
     return pytree.tree_map(plain, value)
+
+
+def _without_copies(graph: fx.Graph) -> None:
+    """copy(a, b) is b in a's shape and dtype; an in-place write leaves it behind, and it hides a movement."""
+    for node in list(graph.find_nodes(op="call_function", target=aten.copy.default)):
+        new, wanted = node.args[1], node.meta["val"]
+        had = new.meta["val"]
+        steps = []
+        if had.shape != wanted.shape:
+            steps.append((aten.expand.default, (list(wanted.shape),), {}))
+        if had.dtype != wanted.dtype:
+            steps.append((aten._to_copy.default, (), {"dtype": wanted.dtype}))
+        for target, args, kwargs in steps:
+            with graph.inserting_before(node):
+                new = graph.call_function(target, (new, *args), kwargs)
+            new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
 
 
 def _merge_placeholders(graph: fx.Graph) -> None:

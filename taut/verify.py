@@ -10,13 +10,15 @@ slice of it, must move the promised outputs; what does not is reported as unprov
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from taut.facts.contraction import name_of, uses
 from taut.graph import Graph
 from taut.ops.expert_linear import expert_linear
 from taut.rewrite import Exactness
@@ -29,6 +31,8 @@ AS_GOOD = 2.0
 
 Inputs = Mapping[str, Tensor]
 DISCRETE = (torch.int64, torch.int32, torch.bool)
+aten = torch.ops.aten
+PICKS = (aten.topk.default, aten.sort.default)
 
 
 @dataclass
@@ -73,11 +77,13 @@ def prove(
     exactness: Exactness = Exactness.ALGEBRAIC,
     written: Mapping[str, Tensor] | None = None,
     bounds: Mapping[str, float] | None = None,
+    spare: Iterable[Inputs] = (),
 ) -> Evidence:
     """Check that `after` computes what `before` does on every input.
 
     `promises` narrows an output to "argmax"; by default all values are promised. `written` are the rewritten tensors
     as they will be stored; without it they are rounded here. `bounds` are the measured bounds of BOUNDED rewrites.
+    `spare` inputs are taken one by one while some rewritten tensor has not moved an output.
     """
     promises = promises or {}
     stored = dict(written) if written is not None else {n: after.evaluate(n, None) for n in after.changed()}
@@ -85,7 +91,7 @@ def prove(
     compared = Comparison()
     for example in inputs:
         _compare(before, after, example, stored, promises, compared)
-    unproved = _unmoved(after, inputs)
+    unproved = _unmoved(after, itertools.chain(inputs, spare))
     float64_error = max(compared.float64.values(), default=0.0)
     ratios = {k: compared.after[k] / compared.before[k] for k in compared.after}
     worst_output = max(compared.float64, key=compared.float64.__getitem__, default="")
@@ -112,7 +118,7 @@ def _compare(before: Graph, after: Graph, example: Inputs, stored, promises, com
     choices: dict[str, Tensor] = {}
     truth_at: dict[str, Tensor] = {}
     with torch.no_grad():
-        truth = before.run(example, float64=True, watch=_remember(choices, truth_at, before))
+        truth = before.run(example, float64=True, watch=_remember(choices, truth_at))
         same = after.run(example, float64=True, watch=_first_off(truth_at, compared))
         pin = _pin(choices, compared)
         rough = before.run(example, watch=pin)
@@ -177,9 +183,11 @@ def _continuous(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _remember(choices: dict[str, Tensor], truth_at: dict[str, Tensor], graph: Graph):
+def _remember(choices: dict[str, Tensor], truth_at: dict[str, Tensor]):
     def watch(node: fx.Node, value: Any, value_of: Any) -> Any:
-        if _is_choice(node, value):
+        if node.target in PICKS:
+            choices[node.name] = value[1]
+        elif _is_choice(node, value):
             choices[node.name] = value
         elif isinstance(value, Tensor) and value.is_floating_point() and node.op == "call_function":
             truth_at[node.name] = value
@@ -196,26 +204,20 @@ def _pin(choices: dict[str, Tensor], compared: Comparison):
 
     def watch(node: fx.Node, value: Any, value_of: Any) -> Any:
         pinned = choices.get(node.name)
-        if pinned is not None:
-            compared.flips += int((pinned != value).sum())
-            return pinned
-        if _is_pick(node) and node.args[1] == 0:
-            source = node.args[0]
-            index = next((choices[u.name] for u in source.users if u.args[1] == 1 and u.name in choices), None)
-            if index is not None:
-                dim = source.args[2] if len(source.args) > 2 else -1
-                dim = source.args[1] if source.target is torch.ops.aten.sort.default and len(source.args) > 1 else dim
-                return value_of(source.args[0]).gather(dim, index)
-        return value
+        if pinned is None:
+            return value
+        if node.target in PICKS:
+            compared.flips += int((pinned != value[1]).sum())
+            return value_of(node.args[0]).gather(_picked_axis(node), pinned), pinned
+        compared.flips += int((pinned != value).sum())
+        return pinned
 
     return watch
 
 
-def _is_pick(node: fx.Node) -> bool:
-    picks = (torch.ops.aten.topk.default, torch.ops.aten.sort.default)
-    source = node.args[0] if node.args else None
-    named = getattr(node.target, "__name__", "") == "getitem"
-    return named and isinstance(source, fx.Node) and source.target in picks
+def _picked_axis(node: fx.Node) -> int:
+    given = node.kwargs.get("dim", (*node.args, None, None)[2 if node.target is aten.topk.default else 1])
+    return -1 if given is None else given
 
 
 def _first_off(truth_at: dict[str, Tensor], compared: Comparison):
@@ -225,15 +227,14 @@ def _first_off(truth_at: dict[str, Tensor], compared: Comparison):
         true = truth_at.pop(node.name, None)
         if true is None or compared.first_off or not node.meta.get("where") or true.shape != value.shape:
             return value
-        if getattr(node.target, "name", "").startswith(("linear", "aten::linear", "aten::add", "aten::addmm")):
-            if _largest(value, true) > SAME_FUNCTION:
-                compared.first_off = f"{node.name} in {node.meta['where']}"
+        if name_of(node).startswith(("linear", "add", "matmul", "conv")) and _largest(value, true) > SAME_FUNCTION:
+            compared.first_off = f"{node.name} in {node.meta['where']}"
         return value
 
     return watch
 
 
-def _unmoved(after: Graph, inputs: Sequence[Inputs]) -> list[str]:
+def _unmoved(after: Graph, inputs: Iterable[Inputs]) -> list[str]:
     """The rewritten tensors, or experts' slices of them, that no promised output depends on.
 
     A derivative says for all of them at once what perturbing one after the other would say.
@@ -241,7 +242,7 @@ def _unmoved(after: Graph, inputs: Sequence[Inputs]) -> list[str]:
     changed = list(after.changed())
     if not changed:
         return []
-    moved = {name: None for name in changed}
+    moved: dict[str, Tensor | None] = dict.fromkeys(changed)
     experts = _read_by_expert(after)
     for example in inputs:
         parameters = {n: after.evaluate(n) for n in after.values}
@@ -258,6 +259,8 @@ def _unmoved(after: Graph, inputs: Sequence[Inputs]) -> list[str]:
                 slices = gradient.flatten(1) if name in experts else gradient.flatten()[None]
                 hit = (slices != 0).any(1)
                 moved[name] = hit if moved[name] is None else moved[name] | hit
+        if all(hit is not None and bool(hit.all()) for hit in moved.values()):
+            return []
     return [label for name, hit in moved.items() for label in _still(name, hit)]
 
 
@@ -275,8 +278,6 @@ def _still(name: str, hit: Tensor | None) -> list[str]:
 
 
 def _read_by_expert(graph: Graph) -> set[str]:
-    from taut.facts.contraction import uses
-
     found = set()
     for name, nodes in uses(graph).items():
         stacked = graph.tensors[name].ndim == 3 if name in graph.tensors else False

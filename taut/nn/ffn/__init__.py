@@ -1,0 +1,1 @@
+"""Feed-forward blocks and the linear layers that they are made of."""

@@ -1,0 +1,1 @@
+"""Token mixers: modules through which tokens see one another."""

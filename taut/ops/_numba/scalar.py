@@ -1,0 +1,132 @@
+"""What every kernel is made of: addresses as arrays, conversions between storage formats and float32, exp and tanh."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba as nb
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.extending import intrinsic
+
+# No nnan and no ninf: a NaN must come through.
+JIT: dict[str, Any] = {
+    "fastmath": {"reassoc", "contract", "nsz", "arcp"},
+    "boundscheck": False,
+    "error_model": "numpy",
+    "nogil": True,
+    "cache": True,
+}
+
+FLOAT, HALF, INT32, INT16 = ir.FloatType(), ir.HalfType(), ir.IntType(32), ir.IntType(16)
+EXACT = ("nsz",)  # a flag of its own keeps numba from adding the fast ones
+
+
+def like(kind: ir.Type, shape: ir.Type) -> ir.Type:
+    """`kind`, as a vector if `shape` is one."""
+    return ir.VectorType(kind, shape.count) if isinstance(shape, ir.VectorType) else kind
+
+
+def splat(kind: ir.Type, value: float) -> ir.Constant:
+    if isinstance(kind, ir.VectorType):
+        return ir.Constant(kind, [ir.Constant(kind.element, value)] * kind.count)
+    return ir.Constant(kind, value)
+
+
+def widen(builder: ir.IRBuilder, value: ir.Value, tag: types.Type) -> ir.Value:
+    """float32 of a stored value or vector: uint16 holds bfloat16, int16 holds float16, int8 holds itself."""
+    wide, word = like(FLOAT, value.type), like(INT32, value.type)
+    if tag == types.uint16:
+        return builder.bitcast(builder.shl(builder.zext(value, word), splat(word, 16)), wide)
+    if tag == types.int16:
+        return builder.fpext(builder.bitcast(value, like(HALF, value.type)), wide)
+    if tag == types.int8:
+        return builder.sitofp(value, wide)
+    return value
+
+
+def narrow(builder: ir.IRBuilder, value: ir.Value, tag: types.Type) -> ir.Value:
+    """The stored form of a float32, rounded to nearest even."""
+    if tag == types.uint16:
+        bits = builder.bitcast(value, INT32)
+        odd = builder.and_(builder.lshr(bits, splat(INT32, 16)), splat(INT32, 1))
+        rounded = builder.add(bits, builder.add(odd, splat(INT32, 0x7FFF)))
+        size = builder.and_(bits, splat(INT32, 0x7FFFFFFF))
+        is_nan = builder.icmp_unsigned(">", size, splat(INT32, 0x7F800000))
+        rounded = builder.select(is_nan, splat(INT32, 0x7FC00000), rounded)
+        return builder.trunc(builder.lshr(rounded, splat(INT32, 16)), INT16)
+    if tag == types.int16:
+        return builder.bitcast(builder.fptrunc(value, HALF), INT16)
+    return value
+
+
+@intrinsic
+def up(_typing, value):
+    """float32 of a stored value."""
+    return types.float32(value), lambda _, builder, signature, args: widen(builder, args[0], signature.args[0])
+
+
+@intrinsic
+def down(_typing, value, tag):
+    """A float32 as stored in the tag's format."""
+    return tag(types.float32, tag), lambda _, builder, signature, args: narrow(builder, args[0], signature.args[1])
+
+
+@intrinsic
+def pointer(_typing, address, tag):
+    def generate(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(tag)(address, tag), generate
+
+
+@njit(inline="always", **JIT)
+def array(address, shape, tag):
+    """The memory at an address as an array of the tag's dtype."""
+    return carray(pointer(address, tag), shape)
+
+
+@njit(inline="always", **JIT)
+def span(count, part, parts):
+    """The half-open range that is the part-th of `parts` equal ones."""
+    return count * part // parts, count * (part + 1) // parts
+
+
+EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1, 1.0, 1.0)
+
+
+@intrinsic
+def exp(_typing, x):
+    """e^x to about one ulp, in instructions that the loop vectoriser knows; 0 below the normal range."""
+
+    def generate(_context, builder, _signature, args):
+        (x,) = args
+        constant = lambda value: ir.Constant(FLOAT, value)  # noqa: E731
+        fma = builder.module.declare_intrinsic("llvm.fma", [FLOAT])
+        rint = builder.module.declare_intrinsic("llvm.rint", [FLOAT])
+        vanished = builder.fcmp_ordered("<", x, constant(-87.3), flags=EXACT)
+        x = builder.select(vanished, constant(-87.3), x)
+        x = builder.select(builder.fcmp_ordered(">", x, constant(89.0), flags=EXACT), constant(89.0), x)
+        n = builder.call(rint, [builder.fmul(x, constant(1.44269504088896341), flags=EXACT)])
+        r = builder.call(fma, [n, constant(-0.693359375), x])
+        r = builder.call(fma, [n, constant(2.12194440e-4), r])
+        y = constant(EXP[0])
+        for coefficient in EXP[1:]:
+            y = builder.call(fma, [y, r, constant(coefficient)])
+        power = builder.shl(builder.add(builder.fptosi(n, INT32), splat(INT32, 127)), splat(INT32, 23))
+        y = builder.fmul(y, builder.bitcast(power, FLOAT), flags=EXACT)
+        return builder.select(vanished, constant(0.0), y)
+
+    return types.float32(types.float32), generate
+
+
+@njit(inline="always", **JIT)
+def tanh(x):
+    """tanh to about two ulps."""
+    z = x * x
+    p = nb.float32(-5.70498872745e-3) * z + nb.float32(2.06390887954e-2)
+    p = (p * z - nb.float32(5.37397155531e-2)) * z + nb.float32(1.33314422036e-1)
+    near = x + x * z * (p * z - nb.float32(3.33332819422e-1))
+    size = abs(x)
+    far = nb.float32(1) - nb.float32(2) / (exp(nb.float32(2) * size) + nb.float32(1))
+    return near if size < nb.float32(0.625) else (far if x > 0 else -far)

@@ -1,0 +1,171 @@
+"""Inner loops written as vectors: dot products with one row, and weighted sums of rows."""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from taut.ops._numba.scalar import FLOAT, INT32, splat, widen
+
+LANES = 16
+VECTOR = ir.VectorType(FLOAT, LANES)
+WORD = ir.IntType(64)
+BITS = {types.float32: 32, types.uint16: 16, types.int16: 16, types.int8: 8, types.uint8: 8}
+FUSE = ("contract",)
+GROUP = 32
+
+
+def load(builder: ir.IRBuilder, address: ir.Value, tag: types.Type, lanes: int) -> ir.Value:
+    """`lanes` stored values at an address, as float32."""
+    kind = FLOAT if tag == types.float32 else ir.IntType(BITS[tag])
+    kind = kind if lanes == 1 else ir.VectorType(kind, lanes)
+    return widen(builder, builder.load(builder.inttoptr(address, kind.as_pointer()), align=BITS[tag] // 8), tag)
+
+
+def store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=4)
+
+
+def multiply_add(builder: ir.IRBuilder, total: ir.Value, a: ir.Value, b: ir.Value) -> None:
+    """*total += a b"""
+    product = builder.fmul(a, b, flags=FUSE)
+    builder.store(builder.fadd(builder.load(total), product, flags=FUSE), total)
+
+
+def zeros(builder: ir.IRBuilder, kind: ir.Type, count: int) -> list[ir.Value]:
+    totals = [cgutils.alloca_once(builder, kind) for _ in range(count)]
+    for total in totals:
+        builder.store(splat(kind, 0.0), total)
+    return totals
+
+
+def broadcast(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    first = builder.insert_element(ir.Constant(VECTOR, ir.Undefined), value, ir.Constant(INT32, 0))
+    return builder.shuffle_vector(first, ir.Constant(VECTOR, ir.Undefined), splat(ir.VectorType(INT32, LANES), 0))
+
+
+def total_of(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
+    """The sum of all lanes of the vectors in memory."""
+    values = [builder.load(vector) for vector in vectors]
+    while len(values) > 1:
+        values = [builder.fadd(a, b, flags=FUSE) for a, b in zip(values[::2], values[1::2], strict=True)]
+    kind = ir.FunctionType(FLOAT, [FLOAT, VECTOR])
+    reduce = cgutils.get_or_insert_function(builder.module, kind, "llvm.vector.reduce.fadd.v16f32")
+    return builder.call(reduce, [ir.Constant(FLOAT, 0.0), values[0]], fastmath=("reassoc",))
+
+
+def at(builder: ir.IRBuilder, base: ir.Value, *terms: tuple[ir.Value | int, ir.Value | int]) -> ir.Value:
+    """base + the sum of products."""
+    for count, size in terms:
+        factors = [n if isinstance(n, ir.Value) else ir.Constant(WORD, n) for n in (count, size)]
+        base = builder.add(base, builder.mul(*factors))
+    return base
+
+
+def upto(builder: ir.IRBuilder, start: ir.Value, stop: ir.Value):
+    return cgutils.for_range(builder, stop, start=start, intp=WORD)
+
+
+@intrinsic(prefer_literal=True)
+def dots(_typing, tag, count, row, x, stride, k, out):
+    """out[t] = row . x[t] for t below a constant `count` of at most 4.
+
+    `row` holds k values of the tag's format; `x` holds float32 rows, `stride` bytes apart; out is float32.
+    """
+    many, size = count.literal_value, BITS[types.unliteral(tag)] // 8
+    unroll = {1: 4, 2: 4, 3: 2, 4: 2}[many]
+
+    def generate(_context, builder, _signature, args):
+        _, _, row, x, stride, k, out = args
+        tag_type = types.unliteral(tag)
+        sums = [zeros(builder, VECTOR, unroll) for _ in range(many)]
+
+        def block(start: ir.Value, step: int) -> None:
+            w = load(builder, at(builder, row, (start, size)), tag_type, LANES)
+            for t in range(many):
+                value = load(builder, at(builder, x, (t, stride), (start, 4)), types.float32, LANES)
+                multiply_add(builder, sums[t][step], w, value)
+
+        whole = builder.sdiv(k, ir.Constant(WORD, LANES * unroll))
+        zero = ir.Constant(WORD, 0)
+        with upto(builder, zero, whole) as loop:
+            for step in range(unroll):
+                start = builder.mul(loop.index, ir.Constant(WORD, LANES * unroll))
+                block(builder.add(start, ir.Constant(WORD, step * LANES)), step)
+        with upto(builder, builder.mul(whole, ir.Constant(WORD, unroll)), builder.sdiv(k, ir.Constant(WORD, LANES))) as loop:
+            block(builder.mul(loop.index, ir.Constant(WORD, LANES)), 0)
+        rest = zeros(builder, FLOAT, many)
+        tail = builder.mul(builder.sdiv(k, ir.Constant(WORD, LANES)), ir.Constant(WORD, LANES))
+        with upto(builder, tail, k) as loop:
+            w = load(builder, at(builder, row, (loop.index, size)), tag_type, 1)
+            for t in range(many):
+                value = load(builder, at(builder, x, (t, stride), (loop.index, 4)), types.float32, 1)
+                multiply_add(builder, rest[t], w, value)
+        for t in range(many):
+            value = builder.fadd(total_of(builder, sums[t]), builder.load(rest[t]), flags=FUSE)
+            store(builder, value, at(builder, out, (t, 4)))
+
+    return types.void(tag, count, *[types.int64] * 5), generate
+
+
+@intrinsic(prefer_literal=True)
+def dots_int4(_typing, count, row, scales, x, stride, groups, out):
+    """`dots` with a row of int4 codes in groups of 32 (16 bytes a group, biased by 8) and a float32 scale a group."""
+    many = count.literal_value
+
+    def generate(_context, builder, _signature, args):
+        _, row, scales, x, stride, groups, out = args
+        bytes_, words = ir.VectorType(ir.IntType(8), 16), ir.VectorType(INT32, 16)
+        sums = [zeros(builder, VECTOR, 1)[0] for _ in range(many)]
+        with upto(builder, ir.Constant(WORD, 0), groups) as loop:
+            place = builder.inttoptr(at(builder, row, (loop.index, 16)), bytes_.as_pointer())
+            codes = builder.zext(builder.load(place, align=1), words)
+            low = builder.and_(codes, splat(words, 15))
+            high = builder.lshr(codes, splat(words, 4))
+            # Or-ing a code below 2^23 into the bits of 2^23 makes 2^23 + code without a conversion.
+            halves = [builder.bitcast(builder.or_(n, splat(words, 0x4B000000)), VECTOR) for n in (low, high)]
+            halves = [builder.fsub(n, splat(VECTOR, 2.0**23 + 8), flags=FUSE) for n in halves]
+            scale = broadcast(builder, load(builder, at(builder, scales, (loop.index, 4)), types.float32, 1))
+            for t in range(many):
+                start = at(builder, x, (t, stride), (loop.index, 4 * GROUP))
+                a = load(builder, start, types.float32, LANES)
+                b = load(builder, at(builder, start, (1, 4 * LANES)), types.float32, LANES)
+                value = builder.fmul(halves[0], a, flags=FUSE)
+                value = builder.fadd(value, builder.fmul(halves[1], b, flags=FUSE), flags=FUSE)
+                multiply_add(builder, sums[t], value, scale)
+        for t in range(many):
+            store(builder, total_of(builder, [sums[t]]), at(builder, out, (t, 4)))
+
+    return types.void(count, *[types.int64] * 6), generate
+
+
+@intrinsic(prefer_literal=True)
+def blend(_typing, tag, count, blocks, weights, stride, rows, row_stride, start, stop, out, out_stride):
+    """out[t] += sum over j of weights[t, j] rows[j], for t below a constant `count`, over 16 `blocks` features.
+
+    `weights` (float32) and `out` (float32) have rows `stride` and `out_stride` bytes apart, `rows` (of the tag's
+    format) `row_stride` bytes; j runs from start to stop.
+    """
+    many, wide = count.literal_value, blocks.literal_value
+    size = BITS[types.unliteral(tag)] // 8
+
+    def generate(_context, builder, _signature, args):
+        _, _, _, weights, stride, rows, row_stride, start, stop, out, out_stride = args
+        sums = [zeros(builder, VECTOR, wide) for _ in range(many)]
+        with upto(builder, start, stop) as loop:
+            row = at(builder, rows, (loop.index, row_stride))
+            loaded = [load(builder, at(builder, row, (n * LANES, size)), types.unliteral(tag), LANES) for n in range(wide)]
+            for t in range(many):
+                weight = load(builder, at(builder, weights, (t, stride), (loop.index, 4)), types.float32, 1)
+                weight = broadcast(builder, weight)
+                for n in range(wide):
+                    multiply_add(builder, sums[t][n], loaded[n], weight)
+        for t in range(many):
+            for n in range(wide):
+                place = at(builder, out, (t, out_stride), (n * LANES, 4))
+                before = load(builder, place, types.float32, LANES)
+                store(builder, builder.fadd(before, builder.load(sums[t][n]), flags=FUSE), place)
+
+    return types.void(tag, count, blocks, *[types.int64] * 8), generate

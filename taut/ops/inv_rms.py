@@ -1,0 +1,23 @@
+"""The scalar that RMSNorm multiplies a token by.
+
+Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019, arXiv:1910.07467, eq. 4.
+Differs: handed out by itself, so that the multiplication can be done later (FlashNorm, arXiv:2407.09577).
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from taut.op import op
+from taut.ops._wide import wide
+
+
+@op
+def inv_rms(x: Float[Tensor, "*batch d"], eps: float | Tensor = 1e-6) -> Float[Tensor, "*batch 1"]:
+    """1 / sqrt(mean(x^2) + eps) along the last axis, in float32 or wider.
+
+    `eps` is a number, or a tensor that broadcasts to `x[..., :1]`.
+    """
+    return torch.rsqrt(wide(x).square().mean(-1, keepdim=True) + eps)

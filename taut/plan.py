@@ -1,0 +1,136 @@
+"""A plan: which rewrites at which sites, and what was refused. Plain JSON, made from shapes alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from taut import __version__
+from taut.graph import Graph
+from taut.rewrite import STOCK, TAUT, Form, Rewrite, Site, rewrites
+
+SCHEMA = 1
+
+
+class BadPlan(ValueError):
+    """The plan does not fit this model, or is no plan."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One rewrite and the module paths at which it is applied."""
+
+    rewrite: str
+    sites: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    rewrite: str
+    where: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps in the order in which they are applied; `refused` says why each other site was left alone."""
+
+    form: str
+    outputs: str
+    steps: tuple[Step, ...] = ()
+    refused: tuple[Refusal, ...] = ()
+    absent: dict[str, str] = field(default_factory=dict)
+    schema: int = SCHEMA
+    version: str = __version__
+
+    @property
+    def applied(self) -> int:
+        return sum(len(step.sites) for step in self.steps)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(self.as_dict(), indent=2, sort_keys=True) + "\n")
+
+    @staticmethod
+    def from_dict(record: Any) -> Plan:
+        """Raises BadPlan for what is no plan, or one of a later schema."""
+        try:
+            if record["schema"] > SCHEMA:
+                raise BadPlan(f"the plan has schema {record['schema']}; this taut reads up to {SCHEMA}: upgrade taut")
+            steps = tuple(Step(s["rewrite"], tuple(s["sites"])) for s in record["steps"])
+            refused = tuple(Refusal(**r) for r in record.get("refused", ()))
+            return Plan(record["form"], record["outputs"], steps, refused, dict(record.get("absent", {})))
+        except (KeyError, TypeError) as error:
+            raise BadPlan(f"this is not a plan that `taut plan` made: {error!r}") from error
+
+    @staticmethod
+    def load(path: Path) -> Plan:
+        try:
+            return Plan.from_dict(json.loads(path.read_text()))
+        except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise BadPlan(f"cannot read a plan from {path}: {error}") from error
+
+
+def form_of(name: str) -> Form:
+    return {"stock": STOCK, "taut": TAUT}[name]
+
+
+def choose(only: Iterable[str] | None, form: Form) -> list[Rewrite]:
+    """The rewrites to try, in order: those named, or all that need not be asked for. Raises BadPlan."""
+    known = rewrites()
+    if only is None:
+        return [r for r in known.values() if form in r.forms and not r.asked]
+    wanted = list(only)
+    for name in wanted:
+        if name not in known:
+            raise BadPlan(f"there is no rewrite {name!r}; there are {', '.join(known)}")
+        if form not in known[name].forms:
+            raise BadPlan(f"{name} changes the structure of the model and so needs --form taut")
+    return [rewrite for name, rewrite in known.items() if name in wanted]
+
+
+def make_plan(graph: Graph, form: str = "stock", only: Iterable[str] | None = None, outputs: str = "all") -> Plan:
+    """Find every site of every rewrite in a lifted graph, each rewrite on what the ones before it left."""
+    return plan_and_apply(graph, form, only, outputs)[0]
+
+
+def plan_and_apply(
+    graph: Graph, form: str = "stock", only: Iterable[str] | None = None, outputs: str = "all"
+) -> tuple[Plan, Graph]:
+    """A plan for the graph, and the graph as the plan makes it."""
+    shape = form_of(form)
+    steps, refused, absent = [], [], {}
+    for rewrite in choose(only, shape):
+        sites = rewrite.find(graph, shape)
+        chosen = tuple(site.where for site in sites if site.refused is None)
+        refused += [Refusal(rewrite.name, s.where, s.refused) for s in sites if s.refused is not None]
+        if not sites:
+            absent[rewrite.name] = rewrite.absent
+        if chosen:
+            graph = rewrite.apply(graph, chosen, shape)
+            steps.append(Step(rewrite.name, chosen))
+    return Plan(form, outputs, tuple(steps), tuple(refused), absent), graph
+
+
+def follow(graph: Graph, plan: Plan) -> Graph:
+    """Apply a recorded plan to a lifted graph. Raises BadPlan where it does not fit."""
+    known = rewrites()
+    for step in plan.steps:
+        if step.rewrite not in known:
+            raise BadPlan(f"the plan uses the rewrite {step.rewrite!r}, which this taut does not have")
+        try:
+            graph = known[step.rewrite].apply(graph, step.sites, form_of(plan.form))
+        except ValueError as error:
+            raise BadPlan(str(error)) from error
+    return graph
+
+
+def all_sites(graph: Graph, form: str = "taut") -> list[tuple[str, Site]]:
+    """Every site of every rewrite on the graph as it is: what `inspect` shows."""
+    shape = form_of(form)
+    return [(r.name, site) for r in rewrites().values() for site in r.find(graph, shape)]
