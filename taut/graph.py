@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from taut.op import Op
-from taut.values import Original, Value, reader
+from taut.values import Original, Read, Value, reader
 
 Watch = Callable[[fx.Node, Any, Callable[[fx.Node], Any]], Any]
 
@@ -36,7 +36,8 @@ class Graph:
 
     `tensors` are the model's own, by name (meta tensors where only shapes are known); `values` says what each
     parameter has become; `ties` maps every name of a parameter to the one name used here; `outputs` are the names of
-    what the model returns; `written` has the dtype of each parameter that a rewrite added. Nodes carry in `meta`: `val` (a meta tensor), `where` (module path), `line` (source), and
+    what the model returns; `written` has the dtype of each parameter that a rewrite added. `read` reads a parameter's
+    original rows where `tensors` has only shapes. Nodes carry in `meta`: `val` (a meta tensor), `where` (module path), `line` (source), and
     placeholders `kind` ("parameter", "buffer" or "input") and `tensor` (its name).
     """
 
@@ -46,6 +47,7 @@ class Graph:
     ties: dict[str, str]
     outputs: tuple[str, ...]
     written: dict[str, str] = field(default_factory=dict)
+    read: Read | None = None
 
     @property
     def nodes(self) -> Iterator[fx.Node]:
@@ -71,7 +73,7 @@ class Graph:
         result = twin.graph_copy(self.fx, mapped)
         out = twin.output(result)
         out.meta = dict(self.output.meta)
-        return Graph(twin, self.tensors, dict(self.values), self.ties, self.outputs, dict(self.written))
+        return Graph(twin, self.tensors, dict(self.values), self.ties, self.outputs, dict(self.written), self.read)
 
     def add_parameter(self, name: str, value: Value, like: Tensor) -> fx.Node:
         """A new parameter with its value; `like` (meta will do) has its shape and dtype."""
@@ -97,14 +99,14 @@ class Graph:
 
     def evaluate(self, name: str, dtype: torch.dtype | None = torch.float64) -> Tensor:
         """A parameter's present value; in its own dtype when `dtype` is None, rounded once."""
-        value = self.values[name]
-        if dtype is None:
-            if value == Original(name):
-                return self.tensors[name]
-            from taut.checkpoint.rounding import round_once
+        value, read = self.values[name], self.read or reader(self.tensors)
+        if dtype is not None:
+            return value.evaluate(read).to(dtype)
+        if value == Original(name):
+            return read(name, None)
+        from taut.checkpoint.rounding import round_once
 
-            return round_once(value.evaluate(reader(self.tensors)), self.dtype_of(name))
-        return value.evaluate(reader(self.tensors)).to(dtype)
+        return round_once(value.evaluate(read), self.dtype_of(name))
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The dtype in which a parameter is written."""
@@ -120,19 +122,22 @@ class Graph:
     ) -> dict[str, Tensor]:
         """Run the graph. `float64` computes the real-number function from float64 parameters.
 
-        `parameters` replaces this graph's own values; `watch(node, value, value_of)` sees every value and may
+        `parameters` replaces some of this graph's own values; `watch(node, value, value_of)` sees every value and may
         replace it.
         """
-        device = next((t.device for t in inputs.values()), torch.device("cpu"))
-        if parameters is None:
-            parameters = {n: self.evaluate(n, torch.float64 if float64 else None) for n in self.values}
+        wide = torch.float64 if float64 else None
+        given = parameters or {}
+
+        def load(name: str) -> Tensor:
+            return given[name] if name in given else self.evaluate(name, wide)
+
         if not float64:
-            return _run(self, inputs, parameters, device, watch)
+            return _Run(self, inputs, load, watch).run()
         default = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)
         try:
             with Float64():
-                return _run(self, inputs, parameters, device, watch)
+                return _Run(self, inputs, load, watch).run()
         finally:
             torch.set_default_dtype(default)
 
@@ -142,40 +147,44 @@ class Graph:
         return text(self)
 
 
-def _run(graph: Graph, inputs, parameters, device, watch) -> dict[str, Tensor]:
-    env: dict[fx.Node, Any] = {}
-    wide = torch.get_default_dtype() is torch.float64
-    last_use = {arg: node for node in graph.fx.nodes for arg in node.all_input_nodes}
-    dying: dict[fx.Node, list[fx.Node]] = {}
-    for arg, node in last_use.items():
-        dying.setdefault(node, []).append(arg)
-    for node in graph.fx.nodes:
-        if node.op == "placeholder":
-            value = _placeholder(graph, node, inputs, parameters)
-            if wide and isinstance(value, Tensor) and value.is_floating_point():
-                value = value.double()
-        elif node.op == "output":
-            results = fx.map_arg(node.args[0], env.__getitem__)
-            return dict(zip(graph.outputs, results, strict=True))
-        else:
-            value = call(node, env.__getitem__, device)
-        if watch is not None:
-            value = watch(node, value, env.__getitem__)
-        env[node] = value
-        for arg in dying.get(node, ()):
-            del env[arg]
-    raise AssertionError("a graph ends with its output")
+class _Run:
+    """One run. Parameters are loaded when first read and let go when last read, so that a model need not fit whole."""
 
+    def __init__(self, graph: Graph, inputs: Mapping[str, Tensor], load: Callable[[str], Tensor], watch: Watch | None):
+        self.graph, self.inputs, self.load, self.watch = graph, inputs, load, watch
+        self.device = next((t.device for t in inputs.values()), torch.device("cpu"))
+        self.wide = torch.get_default_dtype() is torch.float64
+        self.env: dict[fx.Node, Any] = {}
 
-def _placeholder(graph: Graph, node: fx.Node, inputs, parameters) -> Tensor:
-    name = node.meta["tensor"]
-    if node.meta["kind"] == "parameter":
-        return parameters[name]
-    if node.meta["kind"] == "buffer":
-        return graph.tensors[name]
-    if name not in inputs:
-        raise KeyError(f"the graph reads the input {name!r}; the inputs given are {sorted(inputs)}")
-    return inputs[name]
+    def run(self) -> dict[str, Tensor]:
+        last_reader = {arg: node for node in self.graph.fx.nodes for arg in node.all_input_nodes}
+        last_read: dict[fx.Node, list[fx.Node]] = {}
+        for arg, node in last_reader.items():
+            last_read.setdefault(node, []).append(arg)
+        for node in self.graph.fx.nodes:
+            if node.op == "output":
+                return dict(zip(self.graph.outputs, fx.map_arg(node.args[0], self.value_of), strict=True))
+            if node.op != "placeholder":
+                value = call(node, self.value_of, self.device)
+                self.env[node] = value if self.watch is None else self.watch(node, value, self.value_of)
+                for arg in last_read.get(node, ()):
+                    self.env.pop(arg, None)
+        raise AssertionError("a graph ends with its output")
+
+    def value_of(self, node: fx.Node) -> Any:
+        if node not in self.env:
+            value = self.placeholder(node.meta["kind"], node.meta["tensor"])
+            self.env[node] = value.double() if self.wide and value.is_floating_point() else value
+        return self.env[node]
+
+    def placeholder(self, kind: str, name: str) -> Tensor:
+        if kind == "parameter":
+            return self.load(name)
+        if kind == "buffer":
+            return self.graph.tensors[name]
+        if name not in self.inputs:
+            raise KeyError(f"the graph reads the input {name!r}; the inputs given are {sorted(self.inputs)}")
+        return self.inputs[name]
 
 
 def call(node: fx.Node, value_of: Callable[[fx.Node], Any], device: torch.device) -> Any:

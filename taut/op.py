@@ -11,7 +11,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._pytree import tree_map_only
 
 Reason = str | None
 
@@ -50,11 +53,15 @@ class Op:
     def name(self) -> str:
         return self.reference.__name__
 
-    def impl(self, name: str, *, when: Callable[..., Reason]):
-        """Attach a faster implementation; the one attached last is tried first."""
+    def impl(self, name: str, *, when: Callable[..., Reason], opaque: bool = False):
+        """Attach a faster implementation; the one attached last is tried first.
+
+        `opaque` says that it is no torch code: a traced program then holds it as one custom op, `taut::<op>_<name>`.
+        """
 
         def attach(run: Callable[..., Any]):
-            self.impls.insert(0, Impl(name, run, when))
+            traceable = _traceable(f"taut::{self.name}_{name}", run, self.reference) if opaque else run
+            self.impls.insert(0, Impl(name, traceable, when))
             return run
 
         return attach
@@ -96,6 +103,24 @@ class Op:
 
     def __repr__(self) -> str:
         return f"op {self.name}"
+
+
+def _traceable(name: str, run: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
+    """`run`, which a tracer sees as a custom op with the reference's shapes; called directly when nothing traces."""
+    custom = torch.library.custom_op(name, run, mutates_args=())
+    custom.register_fake(lambda *args, **kwargs: tree_map_only(Tensor, _dense, reference(*args, **kwargs)))
+
+    @functools.wraps(run)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        first = args[0] if args else next(iter(kwargs.values()))
+        direct = type(first) in (Tensor, Parameter) and not torch.compiler.is_compiling()
+        return run(*args, **kwargs) if direct else custom(*args, **kwargs)
+
+    return call
+
+
+def _dense(t: Tensor) -> Tensor:
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
 def op(reference: Callable[..., Any]) -> Op:

@@ -24,17 +24,19 @@ def fetch(model: str, revision: str | None, trust_remote_code: bool, weights: bo
     unwanted = [*OTHER_FORMATS, "original/*"] + ([] if trust_remote_code else ["*.py"])
     if not weights:
         unwanted.append("*.safetensors")
-    folder = _snapshot(model, revision, ignore_patterns=unwanted)
+    folder = _snapshot(model, revision, None, unwanted)
     if weights and not any(folder.glob("*.safetensors")):
-        folder = _snapshot(model, revision, allow_patterns=list(PICKLES))
+        folder = _snapshot(model, revision, list(PICKLES), None)
     return folder
 
 
-def _snapshot(model: str, revision: str | None, **patterns: list[str]) -> Path:
+def _snapshot(model: str, revision: str | None, wanted: list[str] | None, unwanted: list[str] | None) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(model, revision=revision, **patterns))
+        return Path(
+            huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted)
+        )
     except Exception as error:
         reason = explain(model, revision, error)
         if reason is None:

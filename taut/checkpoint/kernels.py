@@ -2,7 +2,8 @@
 
 All work on integers (uint16, uint32, uint64), release the GIL, and take a format as (mantissa bits, exponent bits).
 `scale` multiplies by a vector in float64 and rounds once. `check` decides by another road whether a written value is
-that product rounded: it asks on which side of the two neighbouring midpoints the product lies.
+that product rounded: it rounds nothing, and asks whether the product lies between the two neighbouring midpoints. Both
+go by chunks, on a short road where all numbers in a chunk are normal and else on the long one.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import numpy as np
 from numba import njit
 
 _INFINITY = 0x7FF << 52
+_LARGEST = (1 << 63) - 1
+CHUNK = 4096
 
 
 @njit(inline="always")
@@ -77,33 +80,67 @@ def _scale_one(bits, factor, mantissa, exponent):
 
 
 @njit(nogil=True, cache=True)
+def _fill(factors, first, inner, by):
+    """by[i] = factors[(first + i) // inner % len(factors)]"""
+    done = 0
+    while done < by.size:
+        at = first + done
+        column, rest = at // inner % factors.size, inner - at % inner
+        if inner == 1:
+            size = min(by.size - done, factors.size - column)
+            by[done : done + size] = factors[column : column + size]
+        else:
+            size = min(by.size - done, rest)
+            by[done : done + size] = factors[column]
+        done += size
+
+
+@njit(nogil=True, cache=True)
+def _scale_normal(source, by, target, mantissa, exponent):
+    """target = source * by where all are normal numbers; returns whether they are."""
+    infinity, least = ((np.int64(1) << exponent) - 1) << mantissa, np.int64(1) << mantissa
+    shift, top = 52 - mantissa, mantissa + exponent
+    rebias = np.int64(1024 - (1 << (exponent - 1))) << 52
+    half = (np.int64(1) << (shift - 1)) - 1
+    low, high = least, least
+    for i in range(source.size):
+        bits = np.int64(source[i])
+        magnitude = bits & ((np.int64(1) << top) - 1)
+        product = _bits(_float((magnitude << shift) + rebias) * by[i])
+        exact = product & _LARGEST
+        rounded = (exact - rebias + half + ((exact >> shift) & 1)) >> shift
+        low, high = min(low, min(magnitude, rounded)), max(high, max(magnitude, rounded))
+        target[i] = rounded | (((product < 0) ^ (bits >> top)) << top)
+    return low >= least and high < infinity
+
+
+@njit(nogil=True, cache=True)
+def _scale_any(source, by, target, mantissa, exponent):
+    over, under = 0, 0
+    for i in range(source.size):
+        bits, o, u = _scale_one(np.int64(source[i]), by[i], mantissa, exponent)
+        target[i] = bits
+        over += o
+        under += u
+    return over, under
+
+
+@njit(nogil=True, cache=True)
 def scale(source, factors, first, inner, target, mantissa, exponent):
     """target = source * factors, rounded once; returns how many overflowed and underflowed.
 
     source, target: flat unsigned integers holding the bits. Element i is multiplied by
     factors[(first + i) // inner % len(factors)].
     """
-    over, under, done = 0, 0, 0
-    while done < source.size:
-        at = first + done
-        column, rest = at // inner % factors.size, inner - at % inner
-        size = min(source.size - done, factors.size - column if inner == 1 else rest)
-        src, out = source[done : done + size], target[done : done + size]
-        if inner == 1:
-            by = factors[column : column + size]
-            for i in range(size):
-                bits, o, u = _scale_one(np.int64(src[i]), by[i], mantissa, exponent)
-                out[i] = bits
-                over += o
-                under += u
-        else:
-            factor = factors[column]
-            for i in range(size):
-                bits, o, u = _scale_one(np.int64(src[i]), factor, mantissa, exponent)
-                out[i] = bits
-                over += o
-                under += u
-        done += size
+    over, under, factor = 0, 0, np.empty(CHUNK)
+    for start in range(0, source.size, CHUNK):
+        src, out = source[start : start + CHUNK], target[start : start + CHUNK]
+        by = factor[: src.size]
+        _fill(factors, first + start, inner, by)
+        if not _scale_normal(src, by, out, mantissa, exponent):
+            o, u = _scale_any(src, by, out, mantissa, exponent)
+            over += o
+            under += u
     return over, under
 
 
@@ -123,26 +160,49 @@ def _is_nearest(bits, written, factor, mantissa, exponent):
 
 
 @njit(nogil=True, cache=True)
+def _wrong_normal(source, by, written, mantissa, exponent):
+    """How many written values are farther than half a step from source * by, or are not normal numbers.
+
+    The bits of neighbouring float64 magnitudes are neighbouring integers, so distances are differences of bits.
+    """
+    infinity, least = ((np.int64(1) << exponent) - 1) << mantissa, np.int64(1) << mantissa
+    shift, top = 52 - mantissa, mantissa + exponent
+    rebias = np.int64(1024 - (1 << (exponent - 1))) << 52
+    half, mask = np.int64(1) << (shift - 1), (np.int64(1) << top) - 1
+    wrong = 0
+    for i in range(source.size):
+        bits, out = np.int64(source[i]), np.int64(written[i])
+        magnitude, size = bits & mask, out & mask
+        product = _bits(_float((magnitude << shift) + rebias) * by[i])
+        distance = abs((product & _LARGEST) - ((size << shift) + rebias))
+        near = distance + (out & 1) <= half
+        signed = ((product < 0) ^ (bits >> top)) == (out >> top)
+        normal = (min(magnitude, size) >= least) & (max(magnitude, size) < infinity)
+        wrong += not (near & signed & normal)
+    return wrong
+
+
+@njit(nogil=True, cache=True)
+def _wrong_any(source, by, written, mantissa, exponent):
+    wrong = 0
+    for i in range(source.size):
+        wrong += not _is_nearest(np.int64(source[i]), np.int64(written[i]), by[i], mantissa, exponent)
+    return wrong
+
+
+@njit(nogil=True, cache=True)
 def check(source, factors, first, inner, written, mantissa, exponent):
     """How many written values are not source * factors rounded once; the arguments are those of `scale`.
 
     A product that is not a number always counts: it is never written.
     """
-    wrong, done = 0, 0
-    while done < source.size:
-        at = first + done
-        column, rest = at // inner % factors.size, inner - at % inner
-        size = min(source.size - done, factors.size - column if inner == 1 else rest)
-        src, out = source[done : done + size], written[done : done + size]
-        if inner == 1:
-            by = factors[column : column + size]
-            for i in range(size):
-                wrong += not _is_nearest(np.int64(src[i]), np.int64(out[i]), by[i], mantissa, exponent)
-        else:
-            factor = factors[column]
-            for i in range(size):
-                wrong += not _is_nearest(np.int64(src[i]), np.int64(out[i]), factor, mantissa, exponent)
-        done += size
+    wrong, factor = 0, np.empty(CHUNK)
+    for start in range(0, source.size, CHUNK):
+        src, out = source[start : start + CHUNK], written[start : start + CHUNK]
+        by = factor[: src.size]
+        _fill(factors, first + start, inner, by)
+        if _wrong_normal(src, by, out, mantissa, exponent):
+            wrong += _wrong_any(src, by, out, mantissa, exponent)
     return wrong
 
 

@@ -16,6 +16,7 @@ from taut.facts.contraction import Contraction, contraction, line_along, name_of
 from taut.facts.moves import constant_along, is_move, move
 from taut.graph import Graph, is_getitem, shape
 from taut.lift._match import is_call, other
+from taut.ops.glu import glu
 
 aten = torch.ops.aten
 NOBODY = -1
@@ -106,6 +107,8 @@ def _pass(node: fx.Node, carried: dict[fx.Node, Carried]) -> Carried | str | Non
         return _join(node, carried)
     if is_call(node, *PRODUCTS):
         return _product(node, sources[0], first, refusal)
+    if is_call(node, glu) and node.args[1] is sources[0]:
+        return Carried(first.index, gain_only=True)
     if is_call(node, aten.masked_fill.Scalar) and node.args[0] is sources[0] and node.args[2] == 0:
         return Carried(torch.broadcast_to(first.index, shape(node)), gain_only=True)
     if is_call(node, *SUMS):

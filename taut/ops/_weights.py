@@ -29,3 +29,23 @@ def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tens
         f"a {weight.dtype} weight {'without' if scale is None else 'with'} a scale is no known format: "
         "floating point takes none, int8 takes one a row, uint8 (packed int4) one a group of 32"
     )
+
+
+def quantize(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """(stored weight, scale) of a floating point weight (out, in), to the nearest code, in the formats of `dequantize`.
+
+    8 bits: int8 with a float32 scale a row, from the row's greatest magnitude. 4 bits: packed into uint8 with a float16
+    scale a group of 32, whose sign puts the group's greatest magnitude on code 0 (as llama.cpp's q4_0).
+    Raises ValueError for other widths, and for 4 bits where the inputs are no multiple of 32.
+    """
+    if bits == 8:
+        scale = weight.float().abs().amax(-1).div(127).clamp_min(torch.finfo(torch.float32).tiny)
+        return (weight.float() / scale[:, None]).round().to(torch.int8), scale
+    if bits != 4 or weight.shape[-1] % GROUP:
+        raise ValueError(f"{bits} bits for {weight.shape[-1]} inputs: choose 8, or 4 with a multiple of {GROUP} inputs")
+    groups = weight.float().unflatten(-1, (-1, GROUP))
+    extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    scale = (extreme / -8).half()
+    codes = (groups / scale.float().where(scale != 0, 1) + 8).round().clamp(0, 15).to(torch.uint8)
+    low, high = codes.chunk(2, -1)
+    return (low | high << 4).flatten(-2), scale[..., 0]

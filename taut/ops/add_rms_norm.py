@@ -6,10 +6,12 @@ Differs: the sum is handed on too, rounded to x's dtype; the norm reads what was
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from taut.op import op
+from taut.op import Reason, Work, nbytes, op
+from taut.ops._cpu import address, refusal, tag, threads
 from taut.ops.rms_norm import rms_norm
 
 
@@ -23,3 +25,30 @@ def add_rms_norm(
     """(rms_norm(x + residual, gain, eps), x + residual), both in x's dtype."""
     total = (x + residual).to(x.dtype)
     return rms_norm.reference(total, gain, eps), total
+
+
+@add_rms_norm.least
+def _(x, residual, gain=None, eps=1e-6) -> Work:
+    return Work(5 * x.numel(), 4 * nbytes(x) + nbytes(gain))
+
+
+@add_rms_norm.tests
+def _(make):
+    yield (make(3, 5, 64), make(3, 5, 64), make(64)), {}
+    yield (make(40, 1030), make(40, 1030)), {"eps": 1e-2}
+
+
+def _fits(x, residual, gain=None, eps=1e-6) -> Reason:
+    if x.dtype != residual.dtype or x.shape != residual.shape:
+        return "x and residual differ in dtype or shape"
+    return refusal(x, residual, gain)
+
+
+@add_rms_norm.impl("numba", when=_fits, opaque=True)
+def _(x: Tensor, residual: Tensor, gain: Tensor | None = None, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    from taut.ops._numba.norms import add_rms_norm as run
+
+    y, total, d = torch.empty_like(x), torch.empty_like(x), x.shape[-1]
+    places = address(x), address(residual), address(gain), address(y), address(total)
+    run(*places, x.numel() // d, d, eps, threads(4 * nbytes(x)), tag(x), tag(gain))
+    return y, total

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from taut.op import op
+from taut.op import Reason, Work, nbytes, op
+from taut.ops._cpu import FLOATS, address, refusal, tag, threads
 from taut.ops._wide import wide
 
 
@@ -72,3 +73,100 @@ def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
     if sinks is not None:
         total = total + torch.exp(sinks[:, None, None] - peak)
     return weights / total.masked_fill(total == 0, 1)
+
+
+@attention.least
+def _(q, k, v, mask=None, scale=None, causal=False, softcap=None, window=None, sinks=None, alibi=None) -> Work:
+    """Only pairs that causality and the window leave are counted; a mask's content is not looked at."""
+    batch, heads, length, d = q.shape
+    keys, dv = k.shape[2], v.shape[3]
+    seen = [_seen(keys - length + i, keys, causal, window) for i in range(length)]
+    pairs = batch * heads * sum(last - first for first, last in seen)
+    rows = max(last for _, last in seen) - min(first for first, _ in seen)
+    cache = (nbytes(k) + nbytes(v)) * rows // keys
+    written = batch * heads * length * dv * q.element_size()
+    return Work(2 * pairs * (d + dv), nbytes(q, mask, sinks, alibi) + cache + written)
+
+
+def _seen(position: int, keys: int, causal: bool, window: int | None) -> tuple[int, int]:
+    """The half-open range of keys that a query looks at."""
+    first = 0 if window is None else max(0, position - window + 1)
+    return first, max(first, min(keys, position + 1) if causal else keys)
+
+
+@attention.tests
+def _(make):
+    q, k, v = make(2, 6, 5, 16), make(2, 3, 9, 16), make(2, 3, 9, 24)
+    yield (q, k, v), {}
+    yield (q, k, v), {"causal": True, "window": 3, "scale": 0.3}
+    yield (q, k, v), {"softcap": 2.0, "sinks": make(6), "alibi": make(6).abs(), "causal": True}
+    yield (q, k, v, make(2, 1, 5, 9)), {}
+    yield (q, k, v, torch.rand(2, 1, 5, 9) > 0.5), {}
+    for d, keys in ((64, 700), (40, 30), (128, 300), (72, 17)):
+        yield (make(2, 6, 1, d), make(2, 2, keys, d), make(2, 2, keys, d)), {"causal": True}
+    q, k, v = make(2, 5, 1, 64), make(2, 1, 600, 64), make(2, 1, 600, 64)
+    yield (q, k, v), {"window": 300, "alibi": make(5).abs(), "causal": True}
+    yield (q, k, v), {"softcap": 2.0, "sinks": make(5), "scale": 0.3}
+    yield (q, k, v, torch.arange(600) < 40), {}
+    yield (q, k, v, make(2, 5, 1, 600)), {}
+
+
+def _fits(q, k, v, mask=None, scale=None, causal=False, softcap=None, window=None, sinks=None, alibi=None) -> Reason:
+    if q.shape[2] != 1:
+        return "more than one query"
+    if q.dtype not in FLOATS or k.dtype != v.dtype or k.dtype not in FLOATS:
+        return f"q is {q.dtype}, k is {k.dtype}, v is {v.dtype}"
+    if k.stride(-1) != 1 or v.stride(-1) != 1:
+        return "the features of the cache are not contiguous"
+    if k.shape[2] == 0 or q.shape[1] % k.shape[1]:
+        return "no keys, or heads that are no multiple of the key heads"
+    if mask is not None and mask.shape[-1] != k.shape[2]:
+        return "the mask is broadcast along the keys"
+    return refusal(q) or refusal(k, v, mask, sinks, alibi, strided=True)
+
+
+@attention.impl("numba", when=_fits, opaque=True)
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    softcap: float | None = None,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    alibi: Tensor | None = None,
+) -> Tensor:
+    from taut.ops._numba.decode import attention as run
+
+    (batch, heads, _, d), (_, kv_heads, keys, dv) = q.shape, v.shape
+    lowest = 0 if window is None else max(0, keys - window)
+    step = max(CHUNK, -(-(keys - lowest) // MOST_CHUNKS))
+    y = q.new_empty(batch, heads, 1, dv)
+    mask = None if mask is None else mask.expand(batch, heads, 1, keys)
+    mask = mask if mask is None or mask.stride(-1) == 1 else mask.contiguous()
+    sinks, alibi = (None if t is None else t.float().contiguous() for t in (sinks, alibi))
+    places = (address(q), address(k), _strides(k), address(v), _strides(v), address(y))
+    sizes = (batch, heads, kv_heads, d, dv, lowest, keys, step)
+    extras = (
+        address(mask),
+        _strides(mask),
+        mask is not None and mask.dtype != torch.bool,
+        address(sinks),
+        address(alibi),
+    )
+    factors = (d**-0.5 if scale is None else scale, softcap or 0.0)
+    run(*places, *sizes, *factors, *extras, threads(nbytes(k, v)), tag(q), tag(k), tag(mask))
+    return y
+
+
+CHUNK, MOST_CHUNKS = 256, 64
+
+
+def _strides(t: Tensor | None) -> tuple[int, int, int]:
+    """Bytes between sequences, heads and rows."""
+    if t is None:
+        return 0, 0, 0
+    batch, head, row, _ = (step * t.element_size() for step in t.stride())
+    return batch, head, row

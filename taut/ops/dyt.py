@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from taut.op import op
+from taut.op import Work, nbytes, op
 from taut.ops._wide import wide
 
 
@@ -27,3 +27,14 @@ def dyt(
     h = torch.tanh(alpha * wide(x))
     h = h if gain is None else h * gain
     return (h if bias is None else h + bias).to(x.dtype)
+
+
+@dyt.least
+def _(x, alpha, gain=None, bias=None) -> Work:
+    return Work(4 * x.numel(), 2 * nbytes(x) + nbytes(gain, bias))
+
+
+@dyt.tests
+def _(make):
+    yield (make(3, 5, 64), 0.5), {}
+    yield (make(4, 33), make(1), make(33), make(33)), {}

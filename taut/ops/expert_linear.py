@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from taut.op import op
+from taut.op import Work, nbytes, op
 
 
 @op
@@ -27,3 +27,18 @@ def expert_linear(
     for e in range(weight.shape[0]):
         y = torch.where((expert == e)[:, None], x @ weight[e], y)
     return y
+
+
+@expert_linear.least
+def _(x, weight, offsets) -> Work:
+    """As many experts are read as the tokens could reach."""
+    tokens, k = x.shape
+    experts, _, n = weight.shape
+    read = min(tokens, experts) * k * n * weight.element_size()
+    return Work(2 * tokens * k * n, nbytes(x, offsets) + read + tokens * n * x.element_size())
+
+
+@expert_linear.tests
+def _(make):
+    yield (make(9, 16), make(4, 16, 24), torch.tensor([2, 2, 8, 9], dtype=torch.int32)), {}
+    yield (make(5, 8), make(2, 8, 8), torch.tensor([0, 3], dtype=torch.int32)), {}

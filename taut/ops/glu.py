@@ -8,7 +8,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from taut.op import op
+from taut.op import Work, nbytes, op
 from taut.ops._activation import activation
 from taut.ops._wide import wide
 
@@ -20,3 +20,14 @@ def glu(gate: Float[Tensor, "*batch d"], up: Float[Tensor, "*batch d"], act: str
     Raises ValueError for an unknown activation.
     """
     return (activation(act)(wide(gate)) * wide(up)).to(gate.dtype)
+
+
+@glu.least
+def _(gate, up, act="silu") -> Work:
+    return Work(5 * gate.numel(), 2 * nbytes(gate) + nbytes(up))
+
+
+@glu.tests
+def _(make):
+    for act in ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh", "identity"):
+        yield (make(3, 5, 64), make(3, 5, 64), act), {}

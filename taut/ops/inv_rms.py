@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from taut.op import op
+from taut.op import Work, nbytes, op
 from taut.ops._wide import wide
 
 
@@ -21,3 +21,14 @@ def inv_rms(x: Float[Tensor, "*batch d"], eps: float | Tensor = 1e-6) -> Float[T
     `eps` is a number, or a tensor that broadcasts to `x[..., :1]`.
     """
     return torch.rsqrt(wide(x).square().mean(-1, keepdim=True) + eps)
+
+
+@inv_rms.least
+def _(x, eps=1e-6) -> Work:
+    return Work(2 * x.numel(), nbytes(x) + x[..., :1].numel() * wide(x[..., :1]).element_size())
+
+
+@inv_rms.tests
+def _(make):
+    yield (make(3, 5, 64),), {}
+    yield (make(4, 33), make(4, 1).abs()), {}

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from taut.op import op
+from taut.op import Reason, Work, nbytes, op
+from taut.ops._cpu import address, refusal, tag, threads
 from taut.ops._wide import wide
 
 
@@ -30,3 +31,30 @@ def layer_norm(
     h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
     h = h if gain is None else h * gain
     return (h if bias is None else h + bias).to(x.dtype)
+
+
+@layer_norm.least
+def _(x, gain=None, bias=None, eps=1e-5) -> Work:
+    return Work(7 * x.numel(), 2 * nbytes(x) + nbytes(gain, bias))
+
+
+@layer_norm.tests
+def _(make):
+    yield (make(3, 5, 64) + 1, make(64), make(64)), {}
+    yield (make(4, 577), make(577)), {"eps": 1e-2}
+    yield (make(4, 33),), {"bias": make(33)}
+    yield (make(40, 1030),), {}
+
+
+def _fits(x, gain=None, bias=None, eps=1e-5) -> Reason:
+    return refusal(x, gain, bias)
+
+
+@layer_norm.impl("numba", when=_fits, opaque=True)
+def _(x: Tensor, gain: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    from taut.ops._numba.norms import layer_norm as run
+
+    y, d = torch.empty_like(x), x.shape[-1]
+    places = address(x), address(gain), address(bias), address(y)
+    run(*places, x.numel() // d, d, eps, threads(2 * nbytes(x)), tag(x), tag(gain), tag(bias))
+    return y

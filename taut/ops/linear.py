@@ -10,8 +10,11 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.nn.functional import linear as product
 
-from taut.op import op
-from taut.ops._weights import dequantize
+from taut.op import Reason, Work, nbytes, op
+from taut.ops._cpu import refusal
+from taut.ops._matvec import matvec, refuses_product
+from taut.ops._weights import dequantize, quantize
+from taut.ops._wide import wide
 
 
 @op
@@ -23,7 +26,36 @@ def linear(
 ) -> Float[Tensor, "*batch n"]:
     """x weight^T + bias.
 
-    `weight` is floating point (n, k); with a `scale` it is int8 (n, k) with a scale a row, or int4 packed into uint8
+    `weight` is floating point (n, k), of any dtype: where it is not x's, the product is in float32 or wider. With a
+    `scale` it is int8 (n, k) with a scale a row, or int4 packed into uint8
     (n, k / 2) with a scale a group of 32 inputs. Raises ValueError where weight and scale do not fit together.
     """
-    return product(x, weight if scale is None else dequantize(weight, scale, x.dtype), bias)
+    if weight.dtype == x.dtype:
+        return product(x, weight, bias)
+    h = wide(x)
+    return product(h, dequantize(weight, scale, h.dtype), None if bias is None else bias.to(h.dtype)).to(x.dtype)
+
+
+@linear.least
+def _(x, weight, bias=None, scale=None) -> Work:
+    tokens, n = x.numel() // x.shape[-1], weight.shape[0]
+    return Work(2 * n * x.numel(), nbytes(x, weight, bias, scale) + tokens * n * x.element_size())
+
+
+@linear.tests
+def _(make):
+    yield (make(3, 5, 64), make(40, 64), make(40)), {}
+    yield (make(1, 77), make(300, 77)), {}
+    for bits in (8, 4):
+        weight, scale = quantize(make(24, 96), bits)
+        yield (make(7, 96), weight), {"scale": scale}
+        yield (make(96), weight), {"scale": scale}
+
+
+def _fits(x, weight, bias=None, scale=None) -> Reason:
+    return refuses_product(x, weight, scale) or refusal(bias)
+
+
+@linear.impl("numba", when=_fits, opaque=True)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    return matvec(x, weight, scale, bias=bias)

@@ -6,11 +6,13 @@ Differs: the next norm's statistic comes from the writer, so that the norm reads
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from taut.op import op
-from taut.ops._weights import dequantize
+from taut.op import Reason, Work, nbytes, op
+from taut.ops._matvec import matvec, refuses_product
+from taut.ops._weights import dequantize, quantize
 from taut.ops._wide import wide
 
 
@@ -31,3 +33,33 @@ def linear_residual(
     y = h @ dequantize(weight, scale, h.dtype).mT + residual
     y = (y if bias is None else y + bias).to(residual.dtype)
     return y, wide(y).square().sum(-1, keepdim=True)
+
+
+@linear_residual.least
+def _(x, weight, residual, bias=None, scale=None) -> Work:
+    tokens, n = x.numel() // x.shape[-1], weight.shape[0]
+    written = nbytes(residual) + tokens * wide(residual[..., :1]).element_size()
+    return Work(2 * n * x.numel() + 2 * tokens * n, nbytes(x, weight, residual, bias, scale) + written)
+
+
+@linear_residual.tests
+def _(make):
+    yield (make(3, 5, 64), make(40, 64), make(3, 5, 40), make(40)), {}
+    yield (make(1, 77), make(300, 77), make(1, 300)), {}
+    for bits in (8, 4):
+        weight, scale = quantize(make(24, 96), bits)
+        yield (make(7, 96), weight, make(7, 24)), {"scale": scale}
+
+
+def _fits(x, weight, residual, bias=None, scale=None) -> Reason:
+    if residual.dtype != x.dtype:
+        return "x and residual differ in dtype"
+    return refuses_product(x, weight, scale, residual, bias)
+
+
+@linear_residual.impl("numba", when=_fits, opaque=True)
+def _(
+    x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    squares = torch.empty(*x.shape[:-1], 1)
+    return matvec(x, weight, scale, None, bias, residual, None, squares), squares

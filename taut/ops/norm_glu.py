@@ -9,9 +9,11 @@ from __future__ import annotations
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from taut.op import op
-from taut.ops._activation import activation
-from taut.ops._weights import dequantize
+from taut.op import Reason, Work, nbytes, op
+from taut.ops._activation import ACTIVATIONS, activation
+from taut.ops._cpu import address, tag, threads
+from taut.ops._matvec import refuses_product
+from taut.ops._weights import dequantize, quantize
 from taut.ops._wide import wide
 from taut.ops.inv_rms import inv_rms
 
@@ -38,3 +40,55 @@ def norm_glu(
     g = h @ dequantize(gate, gate_scale, h.dtype).mT * s
     u = h @ dequantize(up, up_scale, h.dtype).mT * s
     return (activation(act)(g) * u).to(x.dtype)
+
+
+@norm_glu.least
+def _(x, gate, up, gain=None, eps=1e-6, act="silu", gate_scale=None, up_scale=None) -> Work:
+    tokens, n = x.numel() // x.shape[-1], gate.shape[0]
+    read = nbytes(x, gate, up, gain, gate_scale, up_scale)
+    return Work((4 * n + 2) * x.numel() + 5 * tokens * n, read + tokens * n * x.element_size())
+
+
+@norm_glu.tests
+def _(make):
+    for act in ACTIVATIONS:
+        yield (make(2, 3, 64), make(40, 64), make(40, 64), make(64), 1e-5, act), {}
+    yield (make(1, 77), make(300, 77), make(300, 77)), {"eps": 1e-2}
+    for bits in (8, 4):
+        (gate, gate_scale), (up, up_scale) = quantize(make(24, 96), bits), quantize(make(24, 96), bits)
+        yield (make(7, 96), gate, up), {"gate_scale": gate_scale, "up_scale": up_scale}
+
+
+def _fits(x, gate, up, gain=None, eps=1e-6, act="silu", gate_scale=None, up_scale=None) -> Reason:
+    if isinstance(eps, Tensor):
+        return "eps is a tensor"
+    if act not in ACTIVATIONS:
+        return f"no activation {act!r}"
+    if gate.dtype != up.dtype or (
+        gate_scale is not None and up_scale is not None and gate_scale.dtype != up_scale.dtype
+    ):
+        return "gate and up are stored differently"
+    return refuses_product(x, gate, gate_scale, gain) or refuses_product(x, up, up_scale)
+
+
+@norm_glu.impl("numba", when=_fits, opaque=True)
+def _(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    gain: Tensor | None = None,
+    eps: float = 1e-6,
+    act: str = "silu",
+    gate_scale: Tensor | None = None,
+    up_scale: Tensor | None = None,
+) -> Tensor:
+    from taut.ops._numba.products import ACTS
+    from taut.ops._numba.products import norm_glu as run
+
+    n, k = gate.shape[0], x.shape[-1]
+    tokens, parts = x.numel() // k, threads(nbytes(gate, up))
+    y = x.new_empty(*x.shape[:-1], n)
+    weights = address(gate), address(gate_scale), address(up), address(up_scale)
+    tags = tag(x), tag(gate), tag(gate_scale), tag(gain)
+    run(address(x), *weights, address(gain), address(y), tokens, k, n, eps, ACTS.index(act), parts, *tags)
+    return y

@@ -9,8 +9,9 @@ from __future__ import annotations
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from taut.op import op
-from taut.ops._weights import dequantize
+from taut.op import Reason, Work, nbytes, op
+from taut.ops._matvec import matvec, refuses_product
+from taut.ops._weights import dequantize, quantize
 from taut.ops._wide import wide
 from taut.ops.inv_rms import inv_rms
 
@@ -34,3 +35,41 @@ def norm_linear(
     y = h @ dequantize(weight, scale, h.dtype).mT * inv_rms.reference(x, eps)
     y = y if bias is None else y + bias
     return (y if residual is None else y + residual).to(x.dtype)
+
+
+@norm_linear.least
+def _(x, weight, gain=None, bias=None, eps=1e-6, residual=None, scale=None) -> Work:
+    tokens, n = x.numel() // x.shape[-1], weight.shape[0]
+    read = nbytes(x, weight, gain, bias, residual, scale)
+    return Work((2 * n + 2) * x.numel(), read + tokens * n * x.element_size())
+
+
+@norm_linear.tests
+def _(make):
+    yield (make(3, 5, 64), make(40, 64), make(64), make(40)), {"residual": make(3, 5, 40)}
+    yield (make(1, 77), make(300, 77)), {"eps": 1e-2}
+    yield (make(2, 32), make(8, 32), None, None, make(2, 1).abs()), {}
+    for bits in (8, 4):
+        weight, scale = quantize(make(24, 96), bits)
+        yield (make(7, 96), weight, make(96)), {"scale": scale}
+
+
+def _fits(x, weight, gain=None, bias=None, eps=1e-6, residual=None, scale=None) -> Reason:
+    if isinstance(eps, Tensor):
+        return "eps is a tensor"
+    if residual is not None and residual.dtype != x.dtype:
+        return "x and residual differ in dtype"
+    return refuses_product(x, weight, scale, gain, bias, residual)
+
+
+@norm_linear.impl("numba", when=_fits, opaque=True)
+def _(
+    x: Tensor,
+    weight: Tensor,
+    gain: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    return matvec(x, weight, scale, gain, bias, residual, eps)

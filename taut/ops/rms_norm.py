@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from taut.op import op
+from taut.op import Reason, Work, nbytes, op
+from taut.ops._cpu import address, refusal, tag, threads
 from taut.ops._wide import wide
 
 
@@ -25,3 +26,29 @@ def rms_norm(
     h = wide(x)
     h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
     return (h if gain is None else h * gain).to(x.dtype)
+
+
+@rms_norm.least
+def _(x, gain=None, eps=1e-6) -> Work:
+    return Work(4 * x.numel(), 2 * nbytes(x) + nbytes(gain))
+
+
+@rms_norm.tests
+def _(make):
+    yield (make(3, 5, 64), make(64)), {}
+    yield (make(4, 577),), {"eps": 1e-2}
+    yield (make(40, 1030), make(1030)), {}
+    yield (make(4, 33) * 1e-3, make(33), make(4, 1).abs()), {}
+
+
+def _fits(x, gain=None, eps=1e-6) -> Reason:
+    return "eps is a tensor" if isinstance(eps, Tensor) else refusal(x, gain)
+
+
+@rms_norm.impl("numba", when=_fits, opaque=True)
+def _(x: Tensor, gain: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    from taut.ops._numba.norms import rms_norm as run
+
+    y, d = torch.empty_like(x), x.shape[-1]
+    run(address(x), address(gain), address(y), x.numel() // d, d, eps, threads(2 * nbytes(x)), tag(x), tag(gain))
+    return y

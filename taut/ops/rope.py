@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from taut.op import op
+from taut.op import Work, nbytes, op
 from taut.ops._wide import wide
 
 
@@ -34,3 +34,17 @@ def rope(
         turned = torch.cat((-h[..., rotary // 2 :], h[..., : rotary // 2]), -1)
     y = (h * cos + turned * sin).to(x.dtype)
     return y if rotary == x.shape[-1] else torch.cat((y, x[..., rotary:]), -1)
+
+
+@rope.least
+def _(x, cos, sin, interleaved=False) -> Work:
+    rotated = x[..., : cos.shape[-1]].numel()
+    return Work(3 * rotated, 2 * nbytes(x) + nbytes(cos, sin))
+
+
+@rope.tests
+def _(make):
+    for rotary, interleaved in ((16, False), (16, True), (8, False), (8, True)):
+        half = make(1, 1, 5, rotary // 2)
+        angles = half.repeat_interleave(2, -1) if interleaved else torch.cat((half, half), -1)
+        yield (make(2, 3, 5, 16), angles.cos(), angles.sin(), interleaved), {}

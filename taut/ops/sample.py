@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from taut.op import op
+from taut.op import Work, nbytes, op
 
 LOW = 0xFFFFFFFF
 
@@ -82,3 +82,17 @@ def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Tensor
         c0, c1, c2, c3 = ((p1 >> 32) & LOW) ^ c1 ^ k0, p1 & LOW, ((p0 >> 32) & LOW) ^ c3 ^ k1, p0 & LOW
         k0, k1 = (k0 + 0x9E3779B9) & LOW, (k1 + 0xBB67AE85) & LOW
     return c0, c1, c2, c3
+
+
+@sample.least
+def _(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, seed=0, position=0) -> Work:
+    return Work(logits.numel(), nbytes(logits) + logits.numel() // logits.shape[-1] * 8)
+
+
+@sample.tests
+def _(make):
+    yield (make(3, 50), 0), {}
+    yield (make(3, 50),), {"seed": 2**40 + 3, "position": 7}
+    yield (make(50), 0.7, 5), {}
+    yield (make(2, 2, 50), 0.7, None, 0.9, 0.05), {"seed": 1, "position": torch.tensor([[1, 2], [3, 4]])}
+    yield (make(3, 50), torch.tensor([0.0, 0.5, 2.0])), {"seed": torch.tensor([1, 2, 3])}

@@ -16,26 +16,35 @@ from torch.nn.utils import parametrize
 
 
 class CenteredOutput(nn.Module):
-    """Subtracts from a parameter its mean over the axis `dim` of output features."""
+    """Subtracts from a parameter its mean over the axis `dim` of output features, within each of `groups` of them."""
 
-    def __init__(self, dim: int = 0) -> None:
+    def __init__(self, dim: int = 0, groups: int = 1) -> None:
         super().__init__()
-        self.dim = dim
+        self.dim, self.groups = dim, groups
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight - weight.mean(self.dim, keepdim=True)
+        features = weight.movedim(self.dim, 0).unflatten(0, (self.groups, -1))
+        return (features - features.mean(1, keepdim=True)).flatten(0, 1).movedim(0, self.dim)
 
 
 def center_output(layer: nn.Module) -> nn.Module:
     """Parametrise a linear, convolution or embedding layer in place so that its output has zero mean; returns it.
 
-    Raises ValueError for other layers, whose output axis is not known.
+    In a grouped convolution every group is centred by itself, since no other one reads its inputs. Raises ValueError
+    for a depthwise convolution, of which nothing would be left, and for layers whose output axis is not known.
     """
-    plain_convolution = isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    if not (plain_convolution or isinstance(layer, nn.Linear | nn.Embedding)):
-        raise ValueError(f"{type(layer).__name__} is no linear, convolution or embedding layer: centre its weight by "
-                         "registering CenteredOutput over its output axis")
-    parametrize.register_parametrization(layer, "weight", CenteredOutput(-1 if isinstance(layer, nn.Embedding) else 0))
+    groups = layer.groups if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) else 1
+    if not isinstance(layer, nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        raise ValueError(
+            f"{type(layer).__name__} is no linear, convolution or embedding layer: register CenteredOutput on its "
+            "parameters with the axis of its output features"
+        )
+    if groups > 1 and len(layer.weight) == groups:
+        raise ValueError(
+            "a depthwise convolution has one output a group, and centring makes it zero; leave it as it is"
+        )
+    axis = -1 if isinstance(layer, nn.Embedding) else 0
+    parametrize.register_parametrization(layer, "weight", CenteredOutput(axis, groups))
     if getattr(layer, "bias", None) is not None:
         parametrize.register_parametrization(layer, "bias", CenteredOutput())
     return layer

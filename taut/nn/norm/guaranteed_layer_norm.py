@@ -17,7 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from taut.formats.minifloat import floor_log2, power_of_two
-from taut.nn.emulate.fixed_point import FRACTION, Report, from_fixed, inverse_root, leading_one, report, shift, shift_round
+from taut.nn.emulate.fixed_point import (
+    FRACTION,
+    Report,
+    from_fixed,
+    inverse_root,
+    leading_one,
+    report,
+    shift,
+    shift_round,
+)
 
 INPUT_BITS = 24
 CENTRED_BITS = 20

@@ -1,7 +1,7 @@
 """Attention of one query a sequence over a long cache, bound by reading the cache once.
 
-The keys are cut into chunks. Each chunk of each key head is one piece of work, which all query heads of the group
-share; its softmax is relative to its own peak, and the chunks are merged in order, whatever thread ran them.
+The keys are cut into chunks. A chunk of a key head is one piece of work, which all query heads of the group share; its
+softmax is relative to its own peak, and the chunks are merged in order, whatever thread ran them.
 """
 
 from __future__ import annotations
@@ -10,38 +10,72 @@ import numba as nb
 import numpy as np
 from numba import njit, prange
 
-from taut.ops._numba.scalar import JIT, array, exp, span, tanh, up
-from taut.ops._numba.simd import blend, dots
+from taut.ops._numba.scalar import JIT, array, down, exp, span, tanh, up
+from taut.ops._numba.simd import blend, dots, peak
 
 HIDDEN = nb.float32(-np.inf)
 
 
 @njit(**JIT)
-def score(k, k_stride, q, scores, first, last, group, d, width, k_tag):
+def score(q, group, d, k, k_stride, first, last, scores, k_tag):
     """scores[h, j - first] = q[h] . k[j]"""
     room = np.empty(4, np.float32)
-    to, stride, x = room.ctypes.data, 4 * d, q.ctypes.data
-    for j in range(first, last):
-        row = k + j * k_stride
-        h = 0
-        while h < group:
-            some = min(4, group - h)
+    to, stride = room.ctypes.data, 4 * d
+    for h in range(0, group, 4):
+        x, some = q + h * stride, min(4, group - h)
+        for j in range(first, last):
+            row = k + j * k_stride
             if some == 4:
-                dots(k_tag, 4, row, x + h * stride, stride, d, to)
+                dots(k_tag, 4, row, x, stride, d, to)
             elif some == 3:
-                dots(k_tag, 3, row, x + h * stride, stride, d, to)
+                dots(k_tag, 3, row, x, stride, d, to)
             elif some == 2:
-                dots(k_tag, 2, row, x + h * stride, stride, d, to)
+                dots(k_tag, 2, row, x, stride, d, to)
             else:
-                dots(k_tag, 1, row, x + h * stride, stride, d, to)
+                dots(k_tag, 1, row, x, stride, d, to)
             for i in range(some):
                 scores[h + i, j - first] = room[i]
-            h += some
 
 
 @njit(**JIT)
-def softmax(row, count, cap, slope, ago, mask, mask_bytes, mask_tag):
-    """Turn a row of scores into weights relative to its peak; (peak, sum of weights). -inf where nothing is seen."""
+def add_rows(weights, stride, group, v, v_stride, dv, count, out, v_tag):
+    """out[h] += sum over j of weights[h, j] v[j]"""
+    size = array(v, 1, v_tag).itemsize
+    for h in range(0, group, 4):
+        w, to, some = weights + h * stride, out + h * 4 * dv, min(4, group - h)
+        at = 0
+        while at + 64 <= dv and some == 4:
+            blend(v_tag, 4, 4, w, stride, v + at * size, v_stride, 0, count, to + 4 * at, 4 * dv)
+            at += 64
+        while at + 64 <= dv and some == 3:
+            blend(v_tag, 3, 4, w, stride, v + at * size, v_stride, 0, count, to + 4 * at, 4 * dv)
+            at += 64
+        for i in range(some):
+            add_row(w + i * stride, at, v, v_stride, dv, count, to + i * 4 * dv, v_tag)
+
+
+@njit(**JIT)
+def add_row(weights, at, v, v_stride, dv, count, out, v_tag):
+    """`add_rows` for one head, from feature `at` on."""
+    size = array(v, 1, v_tag).itemsize
+    while at + 64 <= dv:
+        blend(v_tag, 1, 4, weights, 0, v + at * size, v_stride, 0, count, out + 4 * at, 0)
+        at += 64
+    while at + 16 <= dv:
+        blend(v_tag, 1, 1, weights, 0, v + at * size, v_stride, 0, count, out + 4 * at, 0)
+        at += 16
+    to, shares = array(out, dv, np.float32(0)), array(weights, count, np.float32(0))
+    for i in range(at, dv):
+        total = to[i]
+        for j in range(count):
+            total += shares[j] * up(array(v + j * v_stride, dv, v_tag)[i])
+        to[i] = total
+
+
+@njit(**JIT)
+def adjust(row, ago, cap, slope, mask, additive, mask_tag):
+    """Softcap, ALiBi and mask on a row of scores; `ago` is how many positions back its first key stands."""
+    count = len(row)
     if cap > 0:
         for j in range(count):
             row[j] = cap * tanh(row[j] / cap)
@@ -49,16 +83,104 @@ def softmax(row, count, cap, slope, ago, mask, mask_bytes, mask_tag):
         for j in range(count):
             row[j] -= slope * nb.float32(ago - j)
     if mask:
-        hide_or_add(row, count, mask, mask_tag)
-    peak = HIDDEN
-    for j in range(count):
-        peak = max(peak, row[j])
-    if peak == HIDDEN:
-        row[:count] = 0
-        return peak, nb.float32(0)
-    total = nb.float32(0)
-    for j in range(count):
-        weight = exp(row[j] - peak)
+        marks = array(mask, count, mask_tag)
+        if additive:
+            for j in range(count):
+                row[j] += up(marks[j])
+        else:
+            for j in range(count):
+                row[j] = row[j] if marks[j] != 0 else HIDDEN
+
+
+@njit(**JIT)
+def weigh(row):
+    """Turn a row of scores into softmax weights relative to its peak; (peak, sum of the weights)."""
+    top, total = peak(row.ctypes.data, len(row)), nb.float32(0)
+    if top == HIDDEN:
+        for j in range(len(row)):
+            row[j] = nb.float32(0) if row[j] == HIDDEN else row[j]
+            total += row[j]
+        return top, total
+    for j in range(len(row)):
+        weight = exp(row[j] - top)
         row[j] = weight
         total += weight
-    return peak, total
+    return top, total
+
+
+@njit(**JIT)
+def unseen(mask, count, mask_tag):
+    """Whether a boolean mask hides all keys."""
+    marks = array(mask, count, mask_tag)
+    seen = 0
+    for j in range(count):
+        seen |= marks[j]
+    return seen == 0
+
+
+@njit(**JIT)
+def chunk(q, group, d, k, k_stride, v, v_stride, dv, keys, first, last, cap, alibi, head, mask, mask_stride, additive,
+          scores, peaks, totals, out, k_tag, mask_tag):  # fmt: skip
+    """One chunk of keys for the heads of a group: (peak, total, weighted sum of values) of each."""
+    count, size = last - first, array(mask, 1, mask_tag).itemsize
+    out[:] = 0
+    if mask and mask_stride == 0 and not additive and unseen(mask + first * size, count, mask_tag):
+        peaks[:], totals[:] = HIDDEN, 0
+        return
+    score(q, group, d, k, k_stride, first, last, scores, k_tag)
+    slopes = array(alibi, head + group, np.float32(0))
+    for h in range(group):
+        slope = slopes[head + h] if alibi else nb.float32(0)
+        marks = mask + h * mask_stride + first * size if mask else 0
+        adjust(scores[h, :count], keys - 1 - first, cap, slope, marks, additive, mask_tag)
+        peaks[h], totals[h] = weigh(scores[h, :count])
+    stride = 4 * scores.shape[1]
+    add_rows(scores.ctypes.data, stride, group, v + first * v_stride, v_stride, dv, count, out.ctypes.data, k_tag)
+
+
+@njit(**JIT)
+def merge(peaks, totals, parts, sink, to, tag):
+    """to = the softmax over all chunks of one head; `sink` is a logit that only adds to the denominator."""
+    top, total = sink, nb.float32(0)
+    for c in range(len(peaks)):
+        top = peaks[c] if peaks[c] > top else top
+    if sink > HIDDEN:
+        total = exp(sink - top)
+    sums = np.zeros(parts.shape[1], np.float32)
+    for c in range(len(peaks)):
+        factor = exp(peaks[c] - top) if peaks[c] > HIDDEN else nb.float32(1)
+        total += factor * totals[c]
+        for i in range(len(sums)):
+            sums[i] += factor * parts[c, i]
+    for i in range(len(sums)):
+        to[i] = down(sums[i] / total if total != 0 else nb.float32(0), tag)
+
+
+@njit(parallel=True, **JIT)
+def attention(q, k, k_strides, v, v_strides, y, batch, heads, kv_heads, d, dv, lowest, keys, step, scale, cap, mask,
+              mask_strides, additive, sinks, alibi, parts, tag, k_tag, mask_tag):  # fmt: skip
+    """y (batch, heads, dv) from q (batch, heads, d); strides are (batch, head, row) in bytes."""
+    group, chunks = heads // kv_heads, (keys - lowest + step - 1) // step
+    stored, wide = array(q, (batch * heads, d), tag), np.empty((batch * heads, d), np.float32)
+    for h in range(batch * heads):
+        for i in range(d):
+            wide[h, i] = up(stored[h, i]) * nb.float32(scale)
+    pieces = batch * kv_heads * chunks
+    peaks, totals = np.empty((chunks, batch * heads), np.float32), np.empty((chunks, batch * heads), np.float32)
+    sums = np.empty((chunks, batch * heads, dv), np.float32)
+    for part in prange(parts):
+        scores = np.empty((group, step), np.float32)
+        begin, end = span(pieces, part, parts)
+        for piece in range(begin, end):
+            pair, c = piece // chunks, piece % chunks
+            b, kv = pair // kv_heads, pair % kv_heads
+            head, first = b * heads + kv * group, lowest + c * step
+            last, heads_ = min(first + step, keys), slice(head, head + group)
+            marks = mask + b * mask_strides[0] + kv * group * mask_strides[1] if mask else 0
+            chunk(wide[head].ctypes.data, group, d, k + b * k_strides[0] + kv * k_strides[1], k_strides[2],
+                  v + b * v_strides[0] + kv * v_strides[1], v_strides[2], dv, keys, first, last, nb.float32(cap), alibi,
+                  kv * group, marks, mask_strides[1], additive, scores, peaks[c, heads_], totals[c, heads_],
+                  sums[c, heads_], k_tag, mask_tag)  # fmt: skip
+    to, logits = array(y, (batch * heads, dv), tag), array(sinks, heads, np.float32(0))
+    for h in range(batch * heads):
+        merge(peaks[:, h], totals[:, h], sums[:, h], logits[h % heads] if sinks else HIDDEN, to[h], tag)

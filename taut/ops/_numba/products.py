@@ -7,9 +7,8 @@ import math
 import numba as nb
 import numpy as np
 from numba import njit, prange
-from numba.extending import overload
 
-from taut.ops._numba.scalar import JIT, array, down, exp, span, tanh, up
+from taut.ops._numba.scalar import JIT, array, down, exp, overload, span, tanh, up
 from taut.ops._numba.simd import dots, dots_int4
 
 ACTS = ("identity", "silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh")
@@ -132,7 +131,9 @@ def linear_part(part, parts, h, alpha, w, s, bias, residual, y, n, w_tag, s_tag,
 
 
 @njit(parallel=True, **JIT)
-def linear(x, w, s, gain, bias, residual, y, squares, tokens, k, n, norm, eps, parts, x_tag, w_tag, s_tag, g_tag, b_tag):
+def linear(
+    x, w, s, gain, bias, residual, y, squares, tokens, k, n, norm, eps, parts, x_tag, w_tag, s_tag, g_tag, b_tag
+):
     """y = norm?(x) w^T + bias + residual, and the sums of squares of y's rows where `squares` is an address."""
     h, alpha = gather(x, gain, norm, eps, tokens, k, x_tag, g_tag)
     if parts == 1:

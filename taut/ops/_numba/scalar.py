@@ -6,8 +6,13 @@ from typing import Any
 
 import numba as nb
 from llvmlite import ir
-from numba import carray, njit, types
-from numba.extending import intrinsic
+from numba import extending, njit, types
+from numba.core import cgutils
+from numba.np.numpy_support import carray
+
+# Their results are called otherwise than what they decorate, which type checkers cannot know.
+intrinsic: Any = extending.intrinsic
+overload: Any = extending.overload
 
 # No nnan and no ninf: a NaN must come through.
 JIT: dict[str, Any] = {
@@ -33,8 +38,9 @@ def splat(kind: ir.Type, value: float) -> ir.Constant:
     return ir.Constant(kind, value)
 
 
-def widen(builder: ir.IRBuilder, value: ir.Value, tag: types.Type) -> ir.Value:
-    """float32 of a stored value or vector: uint16 holds bfloat16, int16 holds float16, int8 holds itself."""
+def widen(builder: ir.IRBuilder, value: Any, tag: types.Type) -> Any:
+    """float32 of a stored value or vector: uint16 holds bfloat16, int16 holds float16, bytes hold
+    themselves."""
     wide, word = like(FLOAT, value.type), like(INT32, value.type)
     if tag == types.uint16:
         return builder.bitcast(builder.shl(builder.zext(value, word), splat(word, 16)), wide)
@@ -42,10 +48,12 @@ def widen(builder: ir.IRBuilder, value: ir.Value, tag: types.Type) -> ir.Value:
         return builder.fpext(builder.bitcast(value, like(HALF, value.type)), wide)
     if tag == types.int8:
         return builder.sitofp(value, wide)
+    if tag == types.uint8:
+        return builder.uitofp(value, wide)
     return value
 
 
-def narrow(builder: ir.IRBuilder, value: ir.Value, tag: types.Type) -> ir.Value:
+def narrow(builder: ir.IRBuilder, value: Any, tag: types.Type) -> Any:
     """The stored form of a float32, rounded to nearest even."""
     if tag == types.uint16:
         bits = builder.bitcast(value, INT32)
@@ -102,17 +110,16 @@ def exp(_typing, x):
     def generate(_context, builder, _signature, args):
         (x,) = args
         constant = lambda value: ir.Constant(FLOAT, value)  # noqa: E731
-        fma = builder.module.declare_intrinsic("llvm.fma", [FLOAT])
-        rint = builder.module.declare_intrinsic("llvm.rint", [FLOAT])
+        rint = cgutils.get_or_insert_function(builder.module, ir.FunctionType(FLOAT, [FLOAT]), "llvm.rint.f32")
         vanished = builder.fcmp_ordered("<", x, constant(-87.3), flags=EXACT)
         x = builder.select(vanished, constant(-87.3), x)
         x = builder.select(builder.fcmp_ordered(">", x, constant(89.0), flags=EXACT), constant(89.0), x)
         n = builder.call(rint, [builder.fmul(x, constant(1.44269504088896341), flags=EXACT)])
-        r = builder.call(fma, [n, constant(-0.693359375), x])
-        r = builder.call(fma, [n, constant(2.12194440e-4), r])
+        r = builder.fma(n, constant(-0.693359375), x)
+        r = builder.fma(n, constant(2.12194440e-4), r)
         y = constant(EXP[0])
         for coefficient in EXP[1:]:
-            y = builder.call(fma, [y, r, constant(coefficient)])
+            y = builder.fma(y, r, constant(coefficient))
         power = builder.shl(builder.add(builder.fptosi(n, INT32), splat(INT32, 127)), splat(INT32, 23))
         y = builder.fmul(y, builder.bitcast(power, FLOAT), flags=EXACT)
         return builder.select(vanished, constant(0.0), y)

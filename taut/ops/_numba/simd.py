@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
-from taut.ops._numba.scalar import FLOAT, INT32, splat, widen
+from taut.ops._numba.scalar import FLOAT, INT32, intrinsic, splat, widen
 
 LANES = 16
 VECTOR = ir.VectorType(FLOAT, LANES)
@@ -17,36 +18,36 @@ FUSE = ("contract",)
 GROUP = 32
 
 
-def load(builder: ir.IRBuilder, address: ir.Value, tag: types.Type, lanes: int) -> ir.Value:
+def load(builder: Any, address: Any, tag: types.Type, lanes: int) -> Any:
     """`lanes` stored values at an address, as float32."""
     kind = FLOAT if tag == types.float32 else ir.IntType(BITS[tag])
     kind = kind if lanes == 1 else ir.VectorType(kind, lanes)
     return widen(builder, builder.load(builder.inttoptr(address, kind.as_pointer()), align=BITS[tag] // 8), tag)
 
 
-def store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
+def store(builder: Any, value: Any, address: Any) -> None:
     builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=4)
 
 
-def multiply_add(builder: ir.IRBuilder, total: ir.Value, a: ir.Value, b: ir.Value) -> None:
+def multiply_add(builder: Any, total: Any, a: Any, b: Any) -> None:
     """*total += a b"""
     product = builder.fmul(a, b, flags=FUSE)
     builder.store(builder.fadd(builder.load(total), product, flags=FUSE), total)
 
 
-def zeros(builder: ir.IRBuilder, kind: ir.Type, count: int) -> list[ir.Value]:
+def zeros(builder: Any, kind: ir.Type, count: int) -> list[Any]:
     totals = [cgutils.alloca_once(builder, kind) for _ in range(count)]
     for total in totals:
         builder.store(splat(kind, 0.0), total)
     return totals
 
 
-def broadcast(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+def broadcast(builder: Any, value: Any) -> Any:
     first = builder.insert_element(ir.Constant(VECTOR, ir.Undefined), value, ir.Constant(INT32, 0))
     return builder.shuffle_vector(first, ir.Constant(VECTOR, ir.Undefined), splat(ir.VectorType(INT32, LANES), 0))
 
 
-def total_of(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
+def total_of(builder: Any, vectors: list[Any]) -> Any:
     """The sum of all lanes of the vectors in memory."""
     values = [builder.load(vector) for vector in vectors]
     while len(values) > 1:
@@ -56,15 +57,15 @@ def total_of(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
     return builder.call(reduce, [ir.Constant(FLOAT, 0.0), values[0]], fastmath=("reassoc",))
 
 
-def at(builder: ir.IRBuilder, base: ir.Value, *terms: tuple[ir.Value | int, ir.Value | int]) -> ir.Value:
+def at(builder: Any, base: Any, *terms: tuple[Any | int, Any | int]) -> Any:
     """base + the sum of products."""
     for count, size in terms:
-        factors = [n if isinstance(n, ir.Value) else ir.Constant(WORD, n) for n in (count, size)]
+        factors = [ir.Constant(WORD, n) if isinstance(n, int) else n for n in (count, size)]
         base = builder.add(base, builder.mul(*factors))
     return base
 
 
-def upto(builder: ir.IRBuilder, start: ir.Value, stop: ir.Value):
+def upto(builder: Any, start: Any, stop: Any):
     return cgutils.for_range(builder, stop, start=start, intp=WORD)
 
 
@@ -82,7 +83,7 @@ def dots(_typing, tag, count, row, x, stride, k, out):
         tag_type = types.unliteral(tag)
         sums = [zeros(builder, VECTOR, unroll) for _ in range(many)]
 
-        def block(start: ir.Value, step: int) -> None:
+        def block(start: Any, step: int) -> None:
             w = load(builder, at(builder, row, (start, size)), tag_type, LANES)
             for t in range(many):
                 value = load(builder, at(builder, x, (t, stride), (start, 4)), types.float32, LANES)
@@ -94,7 +95,9 @@ def dots(_typing, tag, count, row, x, stride, k, out):
             for step in range(unroll):
                 start = builder.mul(loop.index, ir.Constant(WORD, LANES * unroll))
                 block(builder.add(start, ir.Constant(WORD, step * LANES)), step)
-        with upto(builder, builder.mul(whole, ir.Constant(WORD, unroll)), builder.sdiv(k, ir.Constant(WORD, LANES))) as loop:
+        with upto(
+            builder, builder.mul(whole, ir.Constant(WORD, unroll)), builder.sdiv(k, ir.Constant(WORD, LANES))
+        ) as loop:
             block(builder.mul(loop.index, ir.Constant(WORD, LANES)), 0)
         rest = zeros(builder, FLOAT, many)
         tail = builder.mul(builder.sdiv(k, ir.Constant(WORD, LANES)), ir.Constant(WORD, LANES))
@@ -156,7 +159,9 @@ def blend(_typing, tag, count, blocks, weights, stride, rows, row_stride, start,
         sums = [zeros(builder, VECTOR, wide) for _ in range(many)]
         with upto(builder, start, stop) as loop:
             row = at(builder, rows, (loop.index, row_stride))
-            loaded = [load(builder, at(builder, row, (n * LANES, size)), types.unliteral(tag), LANES) for n in range(wide)]
+            loaded = [
+                load(builder, at(builder, row, (n * LANES, size)), types.unliteral(tag), LANES) for n in range(wide)
+            ]
             for t in range(many):
                 weight = load(builder, at(builder, weights, (t, stride), (loop.index, 4)), types.float32, 1)
                 weight = broadcast(builder, weight)
@@ -169,3 +174,31 @@ def blend(_typing, tag, count, blocks, weights, stride, rows, row_stride, start,
                 store(builder, builder.fadd(before, builder.load(sums[t][n]), flags=FUSE), place)
 
     return types.void(tag, count, blocks, *[types.int64] * 8), generate
+
+
+@intrinsic
+def peak(_typing, values, count):
+    """The greatest of `count` float32 values at an address, NaN left out; -inf where there are none."""
+
+    def generate(_context, builder, _signature, args):
+        values, count = args
+        lowest = float("-inf")
+        top, rest = cgutils.alloca_once(builder, VECTOR), cgutils.alloca_once(builder, FLOAT)
+        builder.store(splat(VECTOR, lowest), top)
+        builder.store(splat(FLOAT, lowest), rest)
+
+        def raise_to(place: Any, value: Any) -> None:
+            before = builder.load(place)
+            builder.store(builder.select(builder.fcmp_ordered(">", value, before), value, before), place)
+
+        whole = builder.sdiv(count, ir.Constant(WORD, LANES))
+        with upto(builder, ir.Constant(WORD, 0), whole) as loop:
+            raise_to(top, load(builder, at(builder, values, (loop.index, 4 * LANES)), types.float32, LANES))
+        with upto(builder, builder.mul(whole, ir.Constant(WORD, LANES)), count) as loop:
+            raise_to(rest, load(builder, at(builder, values, (loop.index, 4)), types.float32, 1))
+        vector = builder.load(top)
+        for lane in range(LANES):
+            raise_to(rest, builder.extract_element(vector, ir.Constant(INT32, lane)))
+        return builder.load(rest)
+
+    return types.float32(values, count), generate

@@ -27,6 +27,9 @@ ASSERTIONS = {
     aten.sym_constrain_range_for_size.default,
 }
 
+# They ask for strides that what a rewrite puts in front of them may not have; a reshape does not.
+VIEWS = {aten.view.default, aten._unsafe_view.default}
+
 
 class CannotTrace(Exception):
     """The model's forward cannot be exported; the message says which operation and where."""
@@ -66,7 +69,7 @@ class _Promised(nn.Module):
             result = self.model(**inputs, **_switches(self.model))
         finally:
             hook.remove()
-        named = dict(_tensors(result))
+        named = dict(named_tensors(result))
         if not named:
             raise CannotTrace("the model returns no floating-point tensor")
         if self.outputs == "all":
@@ -86,7 +89,7 @@ def _hidden(out: Any) -> dict[str, Tensor]:
     return {"last_hidden_state": state} if isinstance(state, Tensor) else {}
 
 
-def _tensors(result: Any) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(result: Any) -> Iterator[tuple[str, Tensor]]:
     """The floating-point tensors of any output structure, with readable names."""
     for path, leaf in pytree.tree_leaves_with_path(result if not hasattr(result, "items") else dict(result.items())):
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
@@ -214,7 +217,9 @@ def _name_placeholder(node: fx.Node, exported, ties, tensors, values) -> None:
 
 
 def _annotate(node: fx.Node) -> None:
-    """Keep of export's notes the module path, the source line and the shape."""
+    """Keep of export's notes the module path, the source line and the shape; ask for no strides."""
+    if node.target in VIEWS:
+        node.target = aten.reshape.default
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     where = str(stack[-1][0]) if stack else ""
     where = where.removeprefix("model").removeprefix(".") if where.startswith("model") else where

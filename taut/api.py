@@ -1,0 +1,180 @@
+"""The verbs, the same in Python and on the command line. A model is a directory, a hub id or an nn.Module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from taut.graph import Graph
+from taut.lift import lift
+from taut.plans import Plan, all_sites, make_plan
+from taut.rewrite import Site
+from taut.proof import Evidence
+
+Model = str | Path | nn.Module
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
+
+
+@dataclass
+class Inspection:
+    """Every site of every rewrite, refused ones with the reason, and what folding leaves idle."""
+
+    model: str
+    model_class: str
+    parameters: int
+    bytes: int
+    sites: list[dict[str, Any]]
+    idle_parameters: int
+    idle_bytes: int
+    outputs: list[str]
+    prior: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    graph: Graph | None = field(default=None, repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k != "graph"}
+
+
+@dataclass
+class Applied:
+    """What `apply` did: where the checkpoint is (None when nothing applied), the plan and the evidence."""
+
+    out: str | None
+    plan: Plan
+    evidence: Evidence | None
+    unused_tensors: list[str] = field(default_factory=list)
+    left_out_files: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        applied = [{"rewrite": s.rewrite, "where": w} for s in self.plan.steps for w in s.sites]
+        evidence = self.evidence.as_dict() if self.evidence else None
+        shown = {"out": self.out, "applied": applied, "refused": [asdict(r) for r in self.plan.refused]}
+        rest = {"absent": self.plan.absent, "unused_tensors": self.unused_tensors, "notes": self.notes}
+        return shown | {"evidence": evidence, "left_out_files": self.left_out_files} | rest
+
+
+def inspect(
+    model: Model,
+    *,
+    outputs: str = "all",
+    example: Mapping[str, Tensor] | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    untie: bool = False,
+) -> Inspection:
+    """Find every site of every rewrite, from shapes alone. Raises BadInput for what is no model."""
+    if isinstance(model, nn.Module):
+        from taut.module import graph_of
+
+        return _inspection(type(model).__name__, model, lift(graph_of(model, example, outputs)))
+    from taut.opened import open_model
+
+    opened = open_model(model, revision, trust_remote_code, untie)
+    found = _inspection(str(model), opened.meta, lift(opened.graph(outputs)))
+    found.prior = opened.checkpoint.prior.marks | ({"taut": "rewritten"} if opened.checkpoint.prior.record else {})
+    return found
+
+
+def _inspection(name: str, model: nn.Module, graph: Graph) -> Inspection:
+    sites = all_sites(graph)
+    idle = {p for rewrite, site in sites if rewrite == "fold_norm" and not site.refused for p in site.reads}
+    sizes = {n: p for n, p in model.named_parameters()}
+    return Inspection(
+        model=name,
+        model_class=type(model).__name__,
+        parameters=sum(p.numel() for p in sizes.values()),
+        bytes=sum(p.numel() * p.element_size() for p in sizes.values()),
+        sites=[_site(rewrite, site) for rewrite, site in sites],
+        idle_parameters=sum(sizes[p].numel() for p in idle if p in sizes),
+        idle_bytes=sum(sizes[p].numel() * sizes[p].element_size() for p in idle if p in sizes),
+        outputs=list(graph.outputs),
+        graph=graph,
+    )
+
+
+def _site(rewrite: str, site: Site) -> dict[str, Any]:
+    shown = {"rewrite": rewrite, "where": site.where, "refused": site.refused, "reads": list(site.reads)}
+    return shown | {"writes": list(site.writes), "note": site.note}
+
+
+def plan(
+    model: Model,
+    *,
+    form: str = "stock",
+    only: Iterable[str] | None = None,
+    outputs: str = "all",
+    example: Mapping[str, Tensor] | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    untie: bool = False,
+) -> Plan:
+    """The plan that `apply` would follow. Raises BadInput or BadPlan."""
+    if isinstance(model, nn.Module):
+        from taut.module import graph_of
+
+        return make_plan(lift(graph_of(model, example, outputs)), form, only, outputs)
+    from taut.opened import open_model
+
+    return make_plan(lift(open_model(model, revision, trust_remote_code, untie).graph(outputs)), form, only, outputs)
+
+
+def apply(
+    model: Model,
+    plan: Plan | None = None,
+    example: Mapping[str, Tensor] | None = None,
+    only: Iterable[str] | None = None,
+    form: str = "stock",
+    *,
+    out: str | Path | None = None,
+    outputs: str = "all",
+    untie: bool = False,
+    verify: bool = False,
+    force: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Any:
+    """Rewrite a model. An nn.Module gives a new module, a checkpoint is written to `out` and gives Applied.
+
+    Raises BadInput or BadPlan for what cannot be used, and NotProved (with the evidence) where the proof fails; then
+    nothing is written.
+    """
+    if isinstance(model, nn.Module):
+        from taut.module import apply_module
+
+        return apply_module(model, plan, example, only, form, outputs)
+    from taut.apply import apply_checkpoint
+
+    if out is None:
+        raise ValueError("say where to write the rewritten checkpoint: out=DIR")
+    from taut.opened import open_model
+
+    opened = open_model(model, revision, trust_remote_code, untie)
+    return apply_checkpoint(opened, Path(out), plan, only, form, outputs, verify, force, progress)
+
+
+def verify(
+    before: Model,
+    after: Model,
+    example: Mapping[str, Tensor] | None = None,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Evidence:
+    """Is `after` still the same model as `before`: its recorded plan is replayed on `before` and proved."""
+    if isinstance(before, nn.Module) and isinstance(after, nn.Module):
+        from taut.module import verify_modules
+
+        return verify_modules(before, after, example)
+    if isinstance(before, nn.Module) or isinstance(after, nn.Module):
+        raise TypeError("verify compares two modules or two checkpoints, not one of each")
+    from taut.apply import verify_checkpoints
+
+    return verify_checkpoints(before, after, revision, trust_remote_code, progress)

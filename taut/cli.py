@@ -1,0 +1,258 @@
+"""The command line: the verbs of the Python API, with tables for people and `--json` for scripts."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from taut import __version__
+
+app = typer.Typer(
+    help="Take the slack out of a transformer, and prove that it is still the same model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class FormName(str, Enum):
+    stock = "stock"
+    taut = "taut"
+
+
+class OutputsName(str, Enum):
+    all = "all"
+    logits = "logits"
+
+
+class DtypeName(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="A directory or a hub id.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else there.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
+Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model code that the checkpoint brings.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads to compute with.")]
+Dtype = Annotated[DtypeName | None, typer.Option(help="Check the proof in this dtype, not in the checkpoint's own.")]
+Outputs = Annotated[OutputsName, typer.Option(help="Which outputs keep their values; logits gives up the hidden state.")]
+Only = Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this rewrite; may be repeated.")]
+Form = Annotated[FormName, typer.Option(help="stock loads in transformers without taut; taut may change structure.")]
+Untie = Annotated[bool, typer.Option("--untie", help="Give a tied head weights of its own.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"taut {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def inspect(
+    model: ModelArg,
+    facts: Annotated[bool, typer.Option("--facts", help="What is known about every edge.")] = False,
+    graph: Annotated[bool, typer.Option("--graph", help="Print the graph in the field's words.")] = False,
+    outputs: Outputs = OutputsName.all,
+    untie: Untie = False,
+    revision: Revision = None,
+    trust_remote_code: Remote = False,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Show every site of every rewrite, the refused ones with the reason."""
+    with _command(as_json, threads):
+        from taut import api, show
+
+        found = api.inspect(
+            model, outputs=outputs.value, revision=revision, trust_remote_code=trust_remote_code, untie=untie
+        )
+        _print(as_json, found.as_dict(), lambda: show.inspection(found, facts=facts, graph=graph))
+
+
+@app.command()
+def plan(
+    model: ModelArg,
+    form: Form = FormName.stock,
+    only: Only = None,
+    outputs: Outputs = OutputsName.all,
+    untie: Untie = False,
+    out: Annotated[Path | None, typer.Option(help="Write the plan here.")] = None,
+    revision: Revision = None,
+    trust_remote_code: Remote = False,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Say which rewrites would be applied where: the plan that `apply --plan` takes."""
+    with _command(as_json, threads):
+        from taut import api, show
+
+        made = api.plan(
+            model, form=form.value, only=only, outputs=outputs.value, revision=revision,
+            trust_remote_code=trust_remote_code, untie=untie,
+        )
+        if out is not None:
+            made.save(out)
+        _print(as_json, made.as_dict(), lambda: show.plan(made, out))
+
+
+@app.command()
+def apply(
+    model: ModelArg,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where to write the rewritten checkpoint.")],
+    only: Only = None,
+    plan: Annotated[Path | None, typer.Option(metavar="FILE", help="A plan made by `taut plan`.")] = None,
+    form: Form = FormName.stock,
+    outputs: Outputs = OutputsName.all,
+    untie: Untie = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Prove it on the full-size model too.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace DIR if it exists.")] = False,
+    revision: Revision = None,
+    trust_remote_code: Remote = False,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Rewrite a checkpoint, prove that it is the same model, and write it to DIR."""
+    with _command(as_json, threads), _progress(as_json) as progress:
+        from taut import api, show
+        from taut.plans import Plan
+
+        done = api.apply(
+            model, Plan.load(plan) if plan else None, None, only, form.value, out=out, outputs=outputs.value,
+            untie=untie, verify=verify, force=force, revision=revision, trust_remote_code=trust_remote_code,
+            dtype=dtype.value if dtype else None, progress=progress,
+        )
+        _print(as_json, done.as_dict(), lambda: show.applied(done))
+
+
+@app.command()
+def verify(
+    before: Annotated[str, typer.Argument(metavar="BEFORE", help="The original: a directory or a hub id.")],
+    after: Annotated[str, typer.Argument(metavar="AFTER", help="The rewritten checkpoint.")],
+    revision: Revision = None,
+    trust_remote_code: Remote = False,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Prove that AFTER is still the model BEFORE; exit 1 if it is not, or if nothing can be proved."""
+    with _command(as_json, threads), _progress(as_json) as progress:
+        from taut import api, show
+
+        evidence = api.verify(
+            before, after, revision=revision, trust_remote_code=trust_remote_code,
+            dtype=dtype.value if dtype else None, progress=progress,
+        )
+        _print(as_json, evidence.as_dict(), lambda: show.evidence(evidence))
+        if not evidence.passed:
+            raise typer.Exit(1)
+
+
+@app.command()
+def techniques(as_json: Json = False) -> None:
+    """List every technique with its source."""
+    with _command(as_json, None):
+        from taut import show
+        from taut.techniques import catalogue
+
+        rows = catalogue()
+        _print(as_json, {"techniques": [row.as_dict() for row in rows]}, lambda: show.techniques(rows))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the rewritten model here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run the main job on the model that comes with taut: inspect, apply, verify, compare."""
+    with _command(as_json, None), _progress(as_json) as progress:
+        from taut import show
+        from taut.demonstrate import demonstrate
+
+        shown = demonstrate(out, progress, say=None if as_json else show.step)
+        _print(as_json, shown.as_dict(), lambda: show.demonstration(shown))
+        if not shown.passed:
+            raise typer.Exit(1)
+
+
+@contextmanager
+def _command(as_json: bool, threads: int | None) -> Iterator[None]:
+    """Set threads and logging, and turn what the user can mend into a cause, a cure and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(name)s: %(message)s")
+    try:
+        if threads is not None:
+            import torch
+
+            torch.set_num_threads(threads)
+        yield
+    except KeyboardInterrupt:
+        print("interrupted; nothing was left behind", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except Exception as error:
+        code, cause, cure, evidence = _explain(error)
+        if code is None:
+            raise
+        if as_json:
+            print(json.dumps({"error": cause, "cure": cure} | ({"evidence": evidence} if evidence else {})))
+        else:
+            print(f"error: {cause}", file=sys.stderr)
+            if cure:
+                print(f"cure:  {cure}", file=sys.stderr)
+        raise typer.Exit(code) from None
+
+
+def _explain(error: Exception) -> tuple[int | None, str, str, dict[str, Any] | None]:
+    from taut.checkpoint import BadInput
+    from taut.plans import BadPlan
+    from taut.proof import NotProved
+
+    if isinstance(error, NotProved):
+        return 1, str(error), "nothing was written; see the evidence, and report it", error.evidence.as_dict()
+    if isinstance(error, BadInput):
+        return 2, str(error), error.cure, None
+    if isinstance(error, BadPlan):
+        return 2, str(error), "make a new plan with `taut plan`", None
+    return None, "", "", None
+
+
+def _print(as_json: bool, record: dict[str, Any], show: Callable[[], None]) -> None:
+    if as_json:
+        print(json.dumps(record, default=str))
+    else:
+        show()
+
+
+@contextmanager
+def _progress(as_json: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr for what takes long; silent where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    console = Console(stderr=True)
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
+        yield report
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,99 @@
+"""Gated linear units: an activation of one half times the other.
+
+Which activation it is, is found by running it: however it is spelled, it must agree to the last bits of float64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from taut.graph import Float64, Graph, shape
+from taut.lift._match import is_call, is_cast, replace, through_casts
+from taut.ops._activation import ACTIVATIONS
+from taut.ops.glu import glu
+
+ORDER = 2
+aten = torch.ops.aten
+NAMES = ("silu", "gelu", "gelu_tanh", "relu", "sigmoid", "relu2")
+ELEMENTWISE = (
+    aten.silu.default,
+    aten.gelu.default,
+    aten.relu.default,
+    aten.sigmoid.default,
+    aten.tanh.default,
+    aten.erf.default,
+    aten.square.default,
+    aten.pow.Tensor_Scalar,
+    aten.mul.Tensor,
+    aten.div.Tensor,
+    aten.add.Tensor,
+)
+LONGEST = 12
+"""Calls in the longest spelling of an activation that is tried."""
+
+
+def lift(graph: Graph) -> None:
+    tried: dict[fx.Node, tuple[str, fx.Node] | None] = {}
+    for node in list(graph.nodes):
+        if not is_call(node, aten.mul.Tensor) or not all(isinstance(arg, fx.Node) for arg in node.args):
+            continue
+        for active, up in (node.args, node.args[::-1]):
+            found = _activation(active, tried)
+            if found is not None and _is_gate(node, found[1], up):
+                replace(graph, node, glu, (found[1], up, found[0]))
+                break
+
+
+def _is_gate(node: fx.Node, gate: fx.Node, up: fx.Node) -> bool:
+    """Both halves are whole, and not functions of one value: x sigmoid(1.7 x) is an activation."""
+    return shape(gate) == shape(up) == shape(node) and len(shape(node)) > 1 and _only_source(node) is None
+
+
+def _activation(node: Any, tried: dict[fx.Node, tuple[str, fx.Node] | None]) -> tuple[str, fx.Node] | None:
+    """The name of the activation that a node computes, and what of."""
+    node = through_casts(node)
+    if not is_call(node, *ELEMENTWISE):
+        return None
+    if node not in tried:
+        x = _only_source(node)
+        tried[node] = None if x is None else _named(node, x)
+    return tried[node]
+
+
+def _only_source(node: fx.Node) -> fx.Node | None:
+    """The nearest node of which the expression that ends here is a function."""
+    edge = {node}
+    for _ in range(LONGEST):
+        last = max(edge)
+        if not is_call(last, *ELEMENTWISE) and not is_cast(last):
+            return None
+        edge = (edge - {last}) | set(last.all_input_nodes)
+        if len(edge) == 1 and not is_cast(next(iter(edge))):
+            return next(iter(edge))
+    return None
+
+
+def _named(node: fx.Node, x: fx.Node) -> tuple[str, fx.Node] | None:
+    points = torch.linspace(-8.0, 8.0, 257, dtype=torch.float64)
+    with Float64():
+        values = _at(node, x, points, {})
+    for name in NAMES:
+        if torch.allclose(values, ACTIVATIONS[name](points), rtol=1e-14, atol=1e-15):
+            return name, x
+    return None
+
+
+def _at(node: fx.Node, x: fx.Node, points: Tensor, done: dict[fx.Node, Tensor]) -> Tensor:
+    if node is x:
+        return points
+    if node not in done:
+        if is_cast(node):
+            done[node] = _at(node.args[0], x, points, done)
+        else:
+            args = fx.map_arg(node.args, lambda n: _at(n, x, points, done))
+            target: Any = node.target
+            done[node] = target(*args, **node.kwargs)
+    return done[node]

@@ -1,0 +1,232 @@
+"""What a device can do: peaks, bandwidths, capacities and the cost of a call, each figure with where it comes from."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from taut.op import Work
+
+DATA_SHEET, MEASURED = "data sheet", "measured"
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number in SI units (FLOP/s, bytes/s, bytes, seconds), measured or from a data sheet."""
+
+    value: float
+    origin: str = DATA_SHEET
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A device. `peaks` is keyed by dtype (dense products); `bandwidths` and `capacities` by level (`memory`, ...)."""
+
+    name: str
+    kind: Literal["cpu", "gpu"]
+    peaks: dict[str, Figure]
+    bandwidths: dict[str, Figure]
+    capacities: dict[str, Figure] = field(default_factory=dict)
+    call: Figure | None = None
+
+    def seconds(self, work: Work, dtype: torch.dtype | str) -> float:
+        """The least time in which the machine can do the work: max(FLOPs / peak, bytes / memory bandwidth).
+
+        Raises ValueError where no peak is known for the dtype.
+        """
+        return max(work.flops / self.peak(dtype), work.bytes / self.bandwidths["memory"].value)
+
+    def slack(self, seconds: float, work: Work, dtype: torch.dtype | str) -> float:
+        """Measured time over the least time; 1 is the physical limit, less means that a cache served it."""
+        return seconds / self.seconds(work, dtype)
+
+    def peak(self, dtype: torch.dtype | str) -> float:
+        """FLOP/s in a dtype. Raises ValueError where none is known."""
+        name = str(dtype).removeprefix("torch.")
+        if name not in self.peaks:
+            raise ValueError(f"{self.name} has no peak for {name}; known are {', '.join(self.peaks)}")
+        return self.peaks[name].value
+
+
+def names() -> list[str]:
+    """The machines that taut ships data sheets of."""
+    folder = resources.files("taut") / "machines"
+    return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
+
+
+def load(name: str) -> Machine:
+    """The machine of a name in `names()`. Raises ValueError for an unknown one."""
+    if name not in names():
+        raise ValueError(f"unknown machine {name!r}; known are {', '.join(names())}")
+    sheet = tomllib.loads((resources.files("taut") / "machines" / f"{name}.toml").read_text())
+    figures = lambda table: {key: Figure(float(value), source=sheet["source"]) for key, value in table.items()}  # noqa: E731
+    levels = figures(sheet["bandwidths"]), figures(sheet.get("capacities", {}))
+    return Machine(sheet["name"], sheet["kind"], figures(sheet["peaks"]), *levels)
+
+
+def measured() -> Machine | None:
+    """What `measure` found on this CPU earlier, with as many threads and the same torch; None if it has not run."""
+    return _from_json(_cache_file().read_text()) if _cache_file().exists() else None
+
+
+def measure(progress: Progress | None = None) -> Machine:
+    """Measure this CPU with torch's current number of threads, and remember the result for `measured`.
+
+    Takes about half a minute, and memory of four times the last-level cache (at most a quarter of what is free).
+    `progress` is told what is being measured. Measure on a quiet machine.
+    """
+    tell = progress or (lambda _: None)
+    size = read_size()
+    bandwidth = read_bandwidth(size, tell)
+    peaks = dict(_peaks(tell))
+    tell("cost of a call")
+    capacities = {"memory": Figure(_memory_bytes()[0], MEASURED), "cache": Figure(last_level_cache(), MEASURED)}
+    machine = Machine(cpu_name(), "cpu", peaks, {"memory": bandwidth}, capacities, _call_cost())
+    _cache_file().parent.mkdir(parents=True, exist_ok=True)
+    _cache_file().write_text(json.dumps(asdict(machine), indent=1))
+    return machine
+
+
+def read_bandwidth(size: int, progress: Progress = lambda _: None, seconds: float = 1.0) -> Figure:
+    """The fastest read of `size` bytes seen: by torch.sum, by numba and, where there is a compiler, by C.
+
+    `seconds` is how long each is tried.
+    """
+    values = torch.ones(size // 4)
+    readers: dict[str, Callable[[], object]] = {"torch.sum": values.sum, "numba": _numba_reader(values)}
+    stream = _c_reader(values)
+    if stream is not None:
+        readers["C"] = stream
+    best = dict[str, float]()
+    for name, reader in readers.items():
+        progress(f"read bandwidth by {name}")
+        best[name] = values.nbytes / _fastest(reader, seconds)
+    winner = max(best, key=lambda name: best[name])
+    rates = ", ".join(f"{name} {rate / 1e9:.1f}" for name, rate in best.items())
+    return Figure(best[winner], MEASURED, f"read of {values.nbytes / 2**20:.0f} MiB, GB/s: {rates}")
+
+
+def read_size() -> int:
+    """Bytes to read so that the caches do not help: four times the last level, but no more than memory allows."""
+    return int(min(max(4 * last_level_cache(), 256 * 2**20), _memory_bytes()[1] / 4))
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache of this CPU; 32 MiB where the system does not tell."""
+    sizes = []
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = file.read_text().strip()
+        sizes.append(int(text[:-1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[text[-1]])
+    return max(sizes, default=32 * 2**20)
+
+
+def cpu_name() -> str:
+    """The CPU's name as the system gives it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def _fastest(run: Callable[[], object], seconds: float) -> float:
+    run()
+    best, stop = float("inf"), time.perf_counter() + seconds
+    while True:
+        start = time.perf_counter()
+        run()
+        end = time.perf_counter()
+        best = min(best, end - start)
+        if end > stop:
+            return best
+
+
+def _numba_reader(values: torch.Tensor) -> Callable[[], object]:
+    from taut.ops._numba.read import read
+
+    return lambda: read(values.data_ptr(), values.numel(), torch.get_num_threads())
+
+
+STREAM = """
+float taut_read(const float *x, long n, int threads) {
+    float total = 0;
+    #pragma omp parallel for simd num_threads(threads) reduction(+ : total) schedule(static)
+    for (long i = 0; i < n; i++) total += x[i];
+    return total;
+}
+"""
+
+
+def _c_reader(values: torch.Tensor) -> Callable[[], object] | None:
+    """The read loop of STREAM by the system's C compiler; None where there is none that can build it."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder) / "read.c", Path(folder) / "read.so"
+        source.write_text(STREAM)
+        flags = ["-O3", "-march=native", "-ffast-math", "-fopenmp", "-shared", "-fPIC"]
+        done = subprocess.run([compiler, *flags, str(source), "-o", str(library)], capture_output=True, check=False)
+        if done.returncode:
+            return None
+        read = ctypes.CDLL(str(library)).taut_read
+    read.argtypes, read.restype = [ctypes.c_void_p, ctypes.c_long, ctypes.c_int], ctypes.c_float
+    return lambda: read(values.data_ptr(), values.numel(), torch.get_num_threads())
+
+
+def _peaks(progress: Progress, side: int = 2048, seconds: float = 1.0) -> Iterator[tuple[str, Figure]]:
+    """The rate of a square product in every dtype that torch multiplies on this CPU."""
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8):
+        name = str(dtype).removeprefix("torch.")
+        progress(f"product rate in {name}")
+        a, b = (torch.ones(side, side).to(dtype) for _ in range(2))
+        product = getattr(torch, "_int_mm") if dtype == torch.int8 else torch.mm  # noqa: B009
+        rate = 2 * side**3 / _fastest(lambda product=product, a=a, b=b: product(a, b), seconds)
+        yield name, Figure(rate, MEASURED, f"{product.__name__}, {side} x {side} x {side}")
+
+
+def _call_cost() -> Figure:
+    x = torch.ones(1)
+    calls = 1000
+
+    def run() -> None:
+        for _ in range(calls):
+            torch.add(x, x, out=x)
+
+    return Figure(_fastest(run, 0.2) / calls, MEASURED, "torch.add of one element")
+
+
+def _memory_bytes() -> tuple[int, int]:
+    """(all, free) bytes of memory."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    return page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def _cache_file() -> Path:
+    """Where the measured figures of this CPU, this number of threads and this torch lie."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    what = f"{cpu_name()} {os.cpu_count()} {torch.get_num_threads()} {torch.__version__}"
+    return root / "taut" / "machines" / f"{sha256(what.encode()).hexdigest()[:16]}.json"
+
+
+def _from_json(text: str) -> Machine:
+    data = json.loads(text)
+    figures = lambda table: {key: Figure(**value) for key, value in table.items()}  # noqa: E731
+    levels = figures(data["bandwidths"]), figures(data["capacities"])
+    return Machine(data["name"], data["kind"], figures(data["peaks"]), *levels, Figure(**data["call"]))

@@ -1,0 +1,116 @@
+"""Rewriting a model in memory: the same class back in stock form, a module that runs its graph in taut form."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from taut.graph import Graph
+from taut.lift import lift
+from taut.plans import Plan, follow, plan_and_apply
+from taut.tracing import trace
+from taut.twin import exactness, promises
+from taut.proof import Evidence, compare_modules, prove
+
+RECORD = "taut_plan"
+
+
+class GraphModule(nn.Module):
+    """A rewritten graph as a module: keyword tensors in, a dictionary of the promised outputs out."""
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__()
+        self.graph = graph
+        self.weights = nn.ParameterDict(
+            {key(name): nn.Parameter(graph.evaluate(name, None).clone(), requires_grad=False) for name in graph.values}
+        )
+
+    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        return self.graph.run(inputs, {name: self.weights[key(name)] for name in self.graph.values})
+
+
+def key(name: str) -> str:
+    """A parameter's name as one that a module may register."""
+    return name.replace(".", "/")
+
+
+def graph_of(model: nn.Module, example: Mapping[str, Tensor] | None, outputs: str) -> Graph:
+    return trace(model, _inputs(model, example), outputs=outputs)
+
+
+def apply_module(
+    model: nn.Module,
+    plan: Plan | None,
+    example: Mapping[str, Tensor] | None,
+    only: Iterable[str] | None,
+    form: str,
+    outputs: str,
+) -> nn.Module:
+    """A rewritten copy of a model; the one passed in stays as it is."""
+    raw = trace(model, _inputs(model, example), outputs=plan.outputs if plan else outputs)
+    lifted = lift(raw)
+    if plan is None:
+        plan, graph = plan_and_apply(lifted, form, only, outputs)
+    else:
+        graph = follow(lifted, plan)
+    new = _stock_copy(model, graph) if plan.form == "stock" else GraphModule(graph)
+    setattr(new, RECORD, plan)
+    new.taut_plan_writes = tuple(graph.changed())
+    return new.train(model.training)
+
+
+def _stock_copy(model: nn.Module, graph: Graph) -> nn.Module:
+    new = copy.deepcopy(model)
+    parameters = dict(new.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name in graph.changed():
+            parameters[name].copy_(graph.evaluate(name, None))
+    return new
+
+
+def verify_modules(before: nn.Module, after: nn.Module, example: Mapping[str, Tensor] | None) -> Evidence:
+    """Replay the plan that `after` was made by on `before`, and prove it; without one, only compare the outputs."""
+    inputs = _inputs(before, example)
+    plan: Plan | None = getattr(after, RECORD, None)
+    if plan is None:
+        return compare_modules(before, after, inputs)
+    raw = trace(before, inputs, outputs=plan.outputs)
+    graph = follow(lift(raw), plan)
+    proved = graph
+    if plan.form == "stock":
+        proved = raw.copy()
+        proved.values = dict(graph.values)
+    stored = _stored(after)
+    written = {name: stored[name] for name in graph.changed()}
+    untouched = [n for n in graph.values if n not in written and not torch.equal(stored[n], raw.tensors[n])]
+    more = [] if example is not None else [_inputs(before, None, seed) for seed in range(1, 9)]
+    evidence = prove(
+        raw, proved, [inputs], written=written, promises=promises(plan, raw.outputs), exactness=exactness(plan),
+        spare=more,
+    )
+    if untouched:
+        evidence.passed = False
+        evidence.wrong_tensors += untouched
+    return evidence
+
+
+
+
+def _stored(after: nn.Module) -> dict[str, Tensor]:
+    if isinstance(after, GraphModule):
+        return {name: after.weights[key(name)].detach() for name in after.graph.values}
+    return {name: p.detach() for name, p in after.named_parameters(remove_duplicate=False)}
+
+
+def _inputs(model: nn.Module, example: Mapping[str, Tensor] | None, seed: int = 0) -> dict[str, Any]:
+    if example is not None:
+        return dict(example)
+    if not hasattr(model, "config"):
+        raise ValueError("give an example: a dict of keyword tensors that the model's forward takes")
+    from taut.shrink import example_inputs
+
+    return example_inputs(model, seed=seed)

@@ -1,0 +1,50 @@
+"""What stands between a tensor and a kernel of `_numba`: who may call it, addresses, dtypes, threads."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+TAGS = {
+    torch.float32: np.float32(0),
+    torch.bfloat16: np.uint16(0),
+    torch.float16: np.int16(0),
+    torch.int8: np.int8(0),
+    torch.uint8: np.uint8(0),
+    torch.bool: np.uint8(0),
+}
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+ONE_THREAD = 1 << 16
+"""Bytes below which waking the other threads costs more than it saves."""
+
+
+def refusal(*tensors: Tensor | None, strided: bool = False) -> str | None:
+    """Why no kernel may run on these tensors, or None: another device, a gradient, gaps between the elements."""
+    for t in tensors:
+        if t is None:
+            continue
+        if not t.is_cpu:
+            return f"a tensor is on {t.device.type}"
+        if t.requires_grad and torch.is_grad_enabled():
+            return "a gradient is asked for"
+        if not strided and not t.is_contiguous():
+            return "a tensor is not contiguous"
+        if t.dtype not in TAGS:
+            return f"a tensor is {t.dtype}"
+    return None
+
+
+def address(t: Tensor | None) -> int:
+    """Where the tensor lies; 0 for none."""
+    return 0 if t is None else t.data_ptr()
+
+
+def tag(t: Tensor | None):
+    """A scalar whose type tells numba how the tensor is stored."""
+    return TAGS[torch.float32 if t is None else t.dtype]
+
+
+def threads(nbytes: int) -> int:
+    """How many threads should share work that moves so many bytes."""
+    return 1 if nbytes < ONE_THREAD else torch.get_num_threads()

@@ -1,0 +1,111 @@
+"""Redundant parameters: what a layer's inputs never exercise, because a normalisation keeps them in a plane.
+
+Source: Chun, The Geometric Cost of Normalization, 2026, arXiv:2603.27432.
+Differs: counted as the rank of the inputs' second moment, which is what the theorem is about where the layer is linear
+    and the noise Gaussian: the local learning coefficient of m outputs is m rank / 2.
+
+LayerNorm's output lies in a hyperplane, so each of the m outputs that reads it has one redundant parameter and the
+layer's local learning coefficient is m / 2 lower than its parameter count says; RMSNorm's lies on a sphere, which spans
+the space. A bias joins the count as one more input that is always 1: a softmax's output sums to 1, which makes one of
+the two redundant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class EffectiveDims:
+    """One layer: `inputs` counts the bias as one input; `rank` of them are exercised by the data."""
+
+    name: str
+    inputs: int
+    outputs: int
+    rank: int
+
+    @property
+    def redundant_parameters(self) -> int:
+        return self.outputs * (self.inputs - self.rank)
+
+    @property
+    def learning_coefficient_drop(self) -> float:
+        return self.redundant_parameters / 2
+
+
+def second_moment(x: Tensor, *, bias: bool = False) -> Tensor:
+    """Sum of x x^T over the tokens of x [..., d], in float64: [d, d], or [d + 1, d + 1] with a constant input 1."""
+    tokens = x.detach().double().flatten(0, -2)
+    if bias:
+        tokens = torch.cat([tokens, torch.ones_like(tokens[:, :1])], 1)
+    return tokens.T @ tokens
+
+
+def moment_rank(moment: Tensor, dtype: torch.dtype = torch.float64) -> int:
+    """Rank of a second moment [d, d] of inputs that were computed in `dtype`, whose rounding noise does not count.
+
+    Inputs are scaled to equal size first, so that the answer does not depend on their units.
+    """
+    size = moment.diagonal().sqrt()
+    size = torch.where(size > 0, size, 1.0)
+    values = torch.linalg.eigvalsh(moment / size / size[:, None])
+    noise = max(len(moment) * torch.finfo(torch.float64).eps, torch.finfo(dtype).eps ** 2)
+    return int((values > noise * values[-1]).sum())
+
+
+def effective_dims(model: nn.Module, batches: Iterable[Any]) -> list[EffectiveDims]:
+    """Run the model on `batches` (each a tensor, or keyword arguments) and count, for every layer with a weight matrix,
+    the inputs that the data exercises. It takes more tokens than the widest layer has inputs.
+
+    Raises ValueError where a layer saw fewer tokens than inputs: its rank would be that of the sample.
+    """
+    watch = _Watch()
+    handles = [
+        module.register_forward_hook(watch.hook(name))
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "weight", None), Tensor) and module.weight.dim() == 2
+    ]
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                model(**batch) if isinstance(batch, dict) else model(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [layer.finish(name) for name, layer in watch.layers.items()]
+
+
+class _Layer:
+    """What one layer has read so far."""
+
+    def __init__(self, x: Tensor, outputs: int, *, bias: bool) -> None:
+        self.moment, self.tokens, self.dtype = second_moment(x, bias=bias), x.flatten(0, -2).shape[0], x.dtype
+        self.outputs = outputs
+
+    def finish(self, name: str) -> EffectiveDims:
+        inputs = len(self.moment)
+        if self.tokens <= inputs:
+            raise ValueError(f"{name} has {inputs} inputs and saw {self.tokens} tokens; give more data")
+        return EffectiveDims(name, inputs, self.outputs, moment_rank(self.moment, self.dtype))
+
+
+class _Watch:
+    def __init__(self) -> None:
+        self.layers: dict[str, _Layer] = {}
+
+    def hook(self, name: str):
+        def record(module: nn.Module, args: tuple, output: Any) -> None:
+            if not (args and isinstance(args[0], Tensor) and args[0].is_floating_point()):
+                return
+            seen = _Layer(args[0], output.shape[-1], bias=getattr(module, "bias", None) is not None)
+            before = self.layers.setdefault(name, seen)
+            if before is not seen:
+                before.moment += seen.moment
+                before.tokens += seen.tokens
+
+        return record

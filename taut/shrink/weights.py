@@ -1,0 +1,51 @@
+"""Random weights that hide nothing: no gain is one, no bias zero, no activation vanishes or saturates."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def randomise(model: nn.Module) -> None:
+    """Perturb every vector around its initial value; redraw every matrix so that it roughly keeps its input's scale."""
+    for module in model.modules():
+        for p in module._parameters.values():
+            if p is not None and p.is_floating_point():
+                p.copy_(_vector(p) if p.ndim <= 1 else _matrix(module, p))
+        for name, b in module._buffers.items():
+            if b is not None and name in ("running_mean", "running_var"):
+                b.copy_(torch.rand_like(b) + (0.5 if name == "running_var" else -0.5))
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast parameters and saved buffers; tables that the code computes in float32 stay as they are."""
+    saved = model.state_dict(keep_vars=True)
+    buffers = (buffer for name, buffer in model.named_buffers() if name in saved)
+    for tensor in itertools.chain(model.parameters(), buffers):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    return model
+
+
+def _vector(p: Tensor) -> Tensor:
+    noise = torch.randn_like(p).clamp(-2, 2)
+    return torch.nan_to_num(p) + (0.3 if bool((p == 1).all()) else 0.2) * noise
+
+
+def _matrix(module: nn.Module, p: Tensor) -> Tensor:
+    if _is_structured(p):
+        return p + 0.1 * torch.randn_like(p)
+    if isinstance(module, nn.Embedding):
+        return 0.5 * torch.randn_like(p)
+    fan_in = math.prod(p.shape[1:]) if hasattr(module, "kernel_size") else max(p.shape[-2:])
+    return 0.8 / math.sqrt(fan_in) * torch.randn_like(p)
+
+
+def _is_structured(p: Tensor) -> bool:
+    """An initial value that is not noise around zero, such as a state-space model's decay rates."""
+    mean, std = p.mean().item(), p.std(correction=0).item()
+    return math.isfinite(std) and abs(mean) > max(std / 2, 1e-6)

@@ -1,0 +1,116 @@
+"""What every file of taut.nn.norm promises, found by listing the folder."""
+
+import copy
+import re
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from taut import catalogue
+
+FILES = list(catalogue.modules("taut.nn.norm"))
+
+
+def make(*shape: int) -> Tensor:
+    return torch.randn(*shape)
+
+
+CASES = [
+    pytest.param(module, index, id=f"{module.__name__.rpartition('.')[2]}-{index}")
+    for module in FILES
+    for index in range(len(list(module.cases(make))))
+]
+every_case = pytest.mark.parametrize(("module", "index"), CASES)
+
+
+def build(module, index: int, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, list[Tensor]]:
+    torch.manual_seed(index)
+    norm, inputs = list(module.cases(make))[index]
+    return norm.to(dtype), [x.to(dtype) if x.is_floating_point() else x for x in inputs]
+
+
+def outputs(result) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def run(norm: nn.Module, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    """Outputs of a copy, so that running statistics of one call do not reach the next."""
+    return outputs(copy.deepcopy(norm)(*inputs))
+
+
+@pytest.mark.parametrize("module", FILES, ids=lambda m: m.__name__.rpartition(".")[2])
+def test_names_its_source(module):
+    assert re.search(r"^Source: (.+\n)*?.*(arXiv:\d{4}\.\d{4,5}|https?://)", module.__doc__, re.M)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_keeps_dtype_and_stays_finite(module, index, dtype):
+    norm, inputs = build(module, index, dtype)
+    for y in run(norm, inputs):
+        assert y.dtype == dtype
+        assert y.isfinite().all()
+
+
+@every_case
+def test_zeros_stay_finite(module, index):
+    norm, inputs = build(module, index)
+    zeros = [torch.zeros_like(x) if x.is_floating_point() else x for x in inputs]
+    assert all(y.isfinite().all() for y in run(norm, zeros))
+
+
+@every_case
+def test_memory_layout_does_not_matter(module, index):
+    norm, inputs = build(module, index)
+    spread = [torch.stack([x, x], -1)[..., 0] for x in inputs]
+    assert not any(x.is_contiguous() for x in spread)
+    for got, want in zip(run(norm, spread), run(norm, inputs), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@every_case
+def test_knows_its_shapes_without_data(module, index):
+    norm, inputs = build(module, index)
+    got = run(norm.to("meta"), [x.to("meta") for x in inputs])
+    norm, inputs = build(module, index)
+    assert [y.shape for y in got] == [y.shape for y in run(norm, inputs)]
+
+
+@every_case
+def test_state_survives_saving(module, index):
+    norm, inputs = build(module, index)
+    with torch.no_grad():
+        for tensor in [*norm.parameters(), *norm.buffers()]:
+            if tensor.is_floating_point():
+                tensor.mul_(1.5).add_(0.125)
+    fresh, _ = build(module, index)
+    fresh.load_state_dict(norm.state_dict(), strict=True)
+    for got, want in zip(run(fresh, inputs), run(norm, inputs), strict=True):
+        assert torch.equal(got, want)
+
+
+@every_case
+def test_gradient_is_the_derivative(module, index):
+    norm, inputs = build(module, index, torch.float64)
+    if not getattr(norm, "exact_gradient", True):
+        pytest.skip("its backward is not the derivative of its forward, by design")
+    differentiable = [x.requires_grad_() for x in inputs if x.is_floating_point()]
+    names, parameters = zip(*norm.named_parameters(), strict=True) if list(norm.parameters()) else ((), ())
+
+    def call(*values):
+        given = iter(values)
+        x = [next(given) if i.is_floating_point() else i for i in inputs]
+        return torch.func.functional_call(norm, dict(zip(names, given, strict=True)), tuple(x))
+
+    assert torch.autograd.gradcheck(call, (*differentiable, *parameters))
+
+
+@every_case
+def test_compiles_whole(module, index):
+    torch._dynamo.reset()
+    norm, inputs = build(module, index)
+    want = run(norm, inputs)
+    got = outputs(torch.compile(norm, fullgraph=True, backend="eager")(*inputs))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)

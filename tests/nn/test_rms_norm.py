@@ -1,0 +1,67 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from taut.nn.norm.rms_norm import RMSNorm
+
+
+def with_weight(norm, weight):
+    norm = norm.to(weight.dtype)
+    with torch.no_grad():
+        norm.weight.copy_(weight)
+    return norm
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [(LlamaRMSNorm, {}), (GemmaRMSNorm, {"gain": "one_plus", "order": "gain_then_cast"})],
+    ids=["llama", "gemma"],
+)
+def test_same_bits_as_the_models_that_people_run(theirs, ours, dtype):
+    torch.manual_seed(0)
+    x, weight = (torch.randn(64, 256) * 3).to(dtype), torch.randn(256).to(dtype)
+    want = with_weight(theirs(256, eps=1e-6), weight)(x)
+    assert torch.equal(with_weight(RMSNorm(256, 1e-6, **ours), weight)(x), want)
+
+
+def test_the_orders_differ_in_bfloat16():
+    torch.manual_seed(0)
+    x, weight = torch.randn(64, 256).bfloat16(), torch.randn(256).bfloat16()
+    results = [with_weight(RMSNorm(256, order=o), weight)(x) for o in ("cast_then_gain", "gain_then_cast")]
+    assert not torch.equal(*results)
+
+
+def test_is_torch_rms_norm():
+    x = torch.randn(8, 64, dtype=torch.float64)
+    weight = torch.randn(64, dtype=torch.float64)
+    got = with_weight(RMSNorm(64, 1e-6, order="gain_then_cast"), weight)(x)
+    torch.testing.assert_close(got, F.rms_norm(x, (64,), weight, 1e-6), rtol=1e-14, atol=1e-14)
+
+
+def test_epsilon_outside_the_root():
+    x = torch.randn(8, 64, dtype=torch.float64) * 1e-3
+    got = RMSNorm(64, 1e-2, eps_mode="outside", gain="none")(x)
+    assert torch.equal(got, x / (x.pow(2).mean(-1, keepdim=True).sqrt() + 1e-2))
+
+
+def test_partial_measures_the_first_features_and_divides_all():
+    torch.manual_seed(0)
+    x = torch.randn(8, 64, dtype=torch.float64)
+    norm = RMSNorm(64, 0.0, gain="none", partial=0.0625)
+    assert torch.equal(norm(x), x * torch.rsqrt(x[:, :4].pow(2).mean(-1, keepdim=True)))
+    torch.testing.assert_close(norm(8.0 * x), norm(x), rtol=1e-15, atol=0)
+    assert not torch.allclose(norm(x + 1), norm(x))
+
+
+def test_partial_of_everything_is_the_whole():
+    x = torch.randn(8, 64)
+    assert torch.equal(RMSNorm(64, partial=1.0)(x), RMSNorm(64)(x))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 1.5])
+def test_refuses_a_share_that_measures_nothing_or_too_much(share):
+    with pytest.raises(ValueError, match="partial"):
+        RMSNorm(64, partial=share)

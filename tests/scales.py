@@ -1,0 +1,96 @@
+"""What the tests of scale degrees share: traced models, once each, and the scale oracle."""
+
+from __future__ import annotations
+
+import functools
+
+import architectures
+import torch
+from torch import fx, nn
+
+from taut.facts.degree import NORMS
+from taut.graph import Graph
+from taut.lift import lift
+from taut.tracing import trace
+
+L = nn.Linear
+WIDTH = 16
+
+
+@functools.cache
+def traced(name: str, outputs: str = "all") -> tuple[Graph, Graph, dict[str, torch.Tensor]]:
+    """The graph of an architecture as traced, as lifted, and inputs."""
+    model = architectures.build(name) if name in architectures.NAMES else _build(name)
+    inputs = architectures.inputs(model)
+    raw = trace(model, inputs, outputs=outputs)
+    return raw, lift(raw), inputs
+
+
+OTHERS = {
+    "gemma": ("GemmaForCausalLM", architectures.GROUPED | {"head_dim": 8}),
+    "gemma3": ("Gemma3ForCausalLM", architectures.GROUPED | {"head_dim": 8, "sliding_window": 4}),
+    "gemma4": (
+        "Gemma4ForCausalLM",
+        architectures.GROUPED
+        | {"head_dim": 8, "global_head_dim": 8, "num_global_key_value_heads": 2, "num_kv_shared_layers": 0}
+        | {"hidden_size_per_layer_input": 0, "sliding_window": 4},
+    ),
+    "opt": ("OPTForCausalLM", architectures.SIZES | {"ffn_dim": 80, "word_embed_proj_dim": 48}),
+}
+
+
+def _build(name: str) -> nn.Module:
+    import transformers
+
+    class_name, sizes = OTHERS[name]
+    model_class = getattr(transformers, class_name)
+    config_class = model_class.config_class
+    if name == "gemma4":
+        config_class = transformers.Gemma4TextConfig
+    torch.manual_seed(0)
+    model = model_class(config_class(**sizes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+class Body(nn.Module):
+    """A function of x with layers of its own."""
+
+    def __init__(self, body, **layers: nn.Module):
+        super().__init__()
+        torch.manual_seed(1)
+        self.body = body
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter += 0.3 * torch.rand_like(parameter)
+
+    def forward(self, x):
+        return self.body(self, x)
+
+
+def hand_made(body, width: int = WIDTH, **layers: nn.Module) -> tuple[Graph, Graph, dict[str, torch.Tensor]]:
+    inputs = {"x": torch.randn(2, 6, width, generator=torch.Generator().manual_seed(3))}
+    raw = trace(Body(body, **layers).eval(), inputs)
+    return raw, lift(raw), inputs
+
+
+def moves_the_outputs(graph: Graph, norm: fx.Node, inputs: dict[str, torch.Tensor]) -> bool:
+    """The scale oracle: no epsilons, and a random positive scalar for every token of one norm."""
+    bare = graph.copy()
+    for node in bare.calls(*NORMS):
+        node.args = (*node.args[:-1], 0.0)
+
+    def scaled(node, value, value_of):
+        if node.name != norm.name:
+            return value
+        generator = torch.Generator().manual_seed(5)
+        return value * torch.randn(*value.shape[:-1], 1, generator=generator, dtype=value.dtype).mul(0.7).exp()
+
+    before = bare.run(inputs, float64=True)
+    after = bare.run(inputs, float64=True, watch=scaled)
+    return any((after[k] - v).abs().max() > 1e-9 * v.abs().max() for k, v in before.items())

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from taut import machine
+from taut.machine import DATA_SHEET, MEASURED, Figure, Machine
+from taut.op import Work
+
+
+@pytest.mark.parametrize("name", machine.names())
+def test_shipped_machines_are_whole_and_name_their_source(name: str):
+    m = machine.load(name)
+    figures = [*m.peaks.values(), *m.bandwidths.values(), *m.capacities.values()]
+    assert all(f.value > 0 and f.origin == DATA_SHEET and "https://" in f.source for f in figures)
+    assert 1e10 < m.bandwidths["memory"].value < 2e13
+    assert m.peaks["float32"].value < 1e15
+    assert m.kind in ("cpu", "gpu")
+
+
+def test_a_dozen_machines_are_shipped():
+    kinds = [machine.load(name).kind for name in machine.names()]
+    assert len(kinds) >= 12
+    assert {"cpu", "gpu"} == set(kinds)
+
+
+def test_seconds_is_the_roofline():
+    m = Machine("m", "cpu", {"float32": Figure(100.0), "bfloat16": Figure(200.0)}, {"memory": Figure(10.0)})
+    assert m.seconds(Work(1000, 10), "float32") == 10
+    assert m.seconds(Work(1000, 10), torch.bfloat16) == 5
+    assert m.seconds(Work(10, 100), torch.float32) == 10
+    assert m.slack(25, Work(10, 100), torch.float32) == 2.5
+    with pytest.raises(ValueError, match="no peak for int8; known are float32, bfloat16"):
+        m.seconds(Work(1, 1), torch.int8)
+
+
+def test_an_unknown_machine_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="h200-sxm"):
+        machine.load("abacus")
+
+
+def test_measuring_this_cpu_is_remembered(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(machine, "read_size", lambda: 2**22)
+    monkeypatch.setattr(machine, "_peaks", lambda tell: [("float32", Figure(1.0, MEASURED))])
+    assert machine.measured() is None
+    told: list[str] = []
+    m = machine.measure(told.append)
+    assert machine.measured() == m
+    assert "read bandwidth by numba" in told
+    assert m.call is not None
+    assert all(f.origin == MEASURED for f in (m.bandwidths["memory"], m.capacities["cache"], m.call))
+    assert 1e-8 < m.call.value < 1e-3
+    assert "torch.sum" in m.bandwidths["memory"].source
+
+
+def test_readers_read_everything():
+    values = torch.rand(100_003)
+    for reader in filter(None, (machine._numba_reader(values), machine._c_reader(values))):
+        assert reader() == pytest.approx(values.double().sum().item(), rel=1e-4)
+
+
+def test_product_rates_are_measured_in_every_dtype():
+    peaks = dict(machine._peaks(lambda _: None, side=64, seconds=0.0))
+    assert set(peaks) == {"float64", "float32", "bfloat16", "float16", "int8"}
+    assert all(dataclasses.asdict(f)["origin"] == MEASURED and f.value > 1e6 for f in peaks.values())
