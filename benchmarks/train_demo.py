@@ -50,6 +50,7 @@ wagtail==8.0.1 xarray==2026.9.0
 """
 HELD_OUT = "attrs==26.1.0 click==8.5.1 flask==3.1.3 httpx==0.28.1 rich==15.0.0 trio==0.35.0 werkzeug==3.1.9 zarr==3.4.2"
 EXCERPT = ("attrs", "attr/converters.py")
+PROMPT = 'import numpy as np\n\n\ndef normalize(x, axis=-1):\n    """'
 WHEELS = """--no-deps --only-binary=:all: --python-version 3.12 --implementation cp --abi cp312 --abi abi3 --abi none
 --platform any --platform manylinux2014_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux_2_27_x86_64
 --platform manylinux_2_28_x86_64"""
@@ -308,8 +309,8 @@ def export(model: PreTrainedModel, record: dict, work: Path, folder: Path) -> di
     written = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     excerpt = (work / "heldout.txt").read_text()
     record["excerpt"] = evaluate(written, torch.tensor([0, *tokenizer(excerpt)["input_ids"]]), len(excerpt.encode()))
-    prompt = tokenizer("def read_json(path):\n", return_tensors="pt")
-    record["sample"] = tokenizer.decode(written.generate(**prompt, max_new_tokens=64, do_sample=False)[0])
+    prompt = tokenizer(PROMPT, return_tensors="pt")
+    record["sample"] = tokenizer.decode(written.generate(**prompt, max_new_tokens=80, do_sample=False)[0])
     held = encode(work / "heldout.xz", model.device)
     record["held_out"] = evaluate(written.to(model.device), held, totals["held_out_bytes"])
     return record
@@ -319,7 +320,7 @@ def card(name: str, config: LlamaConfig | GPT2Config, record: dict, data: dict) 
     """The model card, every figure of it taken from the records."""
     packages = [p for p in data["packages"] if not p["held_out"]]
     held = ", ".join(f"{p['name']} {p['version']}" for p in data["packages"] if p["held_out"])
-    kind = {"llama": "Llama: RMSNorm, grouped-query attention, SwiGLU, RoPE", "gpt2": "GPT-2: LayerNorm, biases"}
+    kind = {"llama": "Llama: RMSNorm, grouped-query attention, SwiGLU, RoPE", "gpt2": "GPT-2: LayerNorm and biases"}
     licences = ", ".join(sorted({p["licence"] for p in data["packages"]}))
     return f"""---
 license: mit
@@ -330,10 +331,9 @@ tags: [taut, code]
 
 # taut demo: `{name}`
 
-A small language model of Python source, for showing taut's rewrites on real weights. It completes code plausibly
-and knows nothing. {kind[config.model_type]}; {record["parameters"]:,} parameters in bf16, input and output
-embeddings untied, context {record["context"]}, byte-level BPE of {VOCABULARY:,} tokens. Gains (and biases) are as
-trained: started at one (zero), never set by hand.
+A small language model of Python source, for showing taut's rewrites on real weights. It writes plausible code, repeats itself and knows nothing.
+{kind[config.model_type]}. {record["parameters"]:,} parameters in bf16, input and output embeddings untied, context {record["context"]}, byte-level BPE of {VOCABULARY:,} tokens.
+Gains (and biases, where there are any) are as trained: started at one (zero), never set by hand.
 
 | | tokens | perplexity | bits per byte |
 |---|---|---|---|
@@ -341,19 +341,23 @@ trained: started at one (zero), never set by hand.
 | `heldout.txt` | {record["excerpt"]["tokens"]:,} | {record["excerpt"]["perplexity"]} | {record["excerpt"]["bits_per_byte"]} |
 
 Both in float32 on the bf16 weights; each file after `{END}`, windows of {record["context"]} tokens that overlap by one.
-Held out: {held}. `heldout.txt` is `{EXCERPT[1]}` of
-{EXCERPT[0]}, whose licence is in `heldout.LICENSE`.
+Held out: {held}. `heldout.txt` is `{EXCERPT[1]}` of {EXCERPT[0]}, whose licence is in `heldout.LICENSE`.
+
+Greedy, from {len(PROMPT.splitlines())} lines of prompt:
+
+```python
+{record["sample"]}
+```
 
 ## Training
 
-`python benchmarks/train_demo.py`: {record["steps"]:,} steps of {record["tokens_per_step"]:,} tokens, {record["passes"]} passes over
-{record["train_tokens"]:,} tokens, {record["seconds"]} s on one {record["device"]}; Muon for the layers' matrices and AdamW for
-the rest, cosine schedule, bf16 autocast. The loss curve is in `training.json`.
+`python benchmarks/train_demo.py`: {record["steps"]:,} steps of {record["tokens_per_step"]:,} tokens, {record["passes"]} passes over {record["train_tokens"]:,} tokens, {record["seconds"]} s on one {record["device"]} (compilation included).
+Muon for the layers' matrices and AdamW for the rest, cosine schedule, bf16 autocast. The loss curve is in `training.json`.
 
 ## Data and licences
 
-{data["totals"]["train_bytes"] / 1e6:.0f} MB of source text of {len(packages)} projects, files deduplicated, leading comment blocks removed, at most
-{PER_PACKAGE / 1e6:.1f} MB a project. `data.json` lists each with version, licence and bytes; the licences are {licences}.
+{data["totals"]["train_bytes"] / 1e6:.0f} MB of source text of {len(packages)} projects, files deduplicated, leading comment blocks removed, at most {PER_PACKAGE / 1e6:.1f} MB a project.
+`data.json` lists each with its version, licence and bytes. The licences, as declared: {licences}.
 Files whose header names a GPL or the MPL were left out. The weights are released under the MIT licence.
 """  # noqa: E501
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from taut.graph import Graph
@@ -138,6 +139,7 @@ def apply(
     force: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    dtype: str | None = None,
     progress: Progress | None = None,
 ) -> Any:
     """Rewrite a model. An nn.Module gives a new module, a checkpoint is written to `out` and gives Applied.
@@ -156,7 +158,8 @@ def apply(
     from taut.opened import open_model
 
     opened = open_model(model, revision, trust_remote_code, untie)
-    return apply_checkpoint(opened, Path(out), plan, only, form, outputs, verify, force, progress)
+    checked_in = _dtype(dtype)
+    return apply_checkpoint(opened, Path(out), plan, only, form, outputs, verify, force, checked_in, progress)
 
 
 def verify(
@@ -166,6 +169,7 @@ def verify(
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    dtype: str | None = None,
     progress: Progress | None = None,
 ) -> Evidence:
     """Is `after` still the same model as `before`: its recorded plan is replayed on `before` and proved."""
@@ -177,4 +181,8 @@ def verify(
         raise TypeError("verify compares two modules or two checkpoints, not one of each")
     from taut.apply import verify_checkpoints
 
-    return verify_checkpoints(before, after, revision, trust_remote_code, progress)
+    return verify_checkpoints(before, after, revision, trust_remote_code, _dtype(dtype), progress)
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    return None if name is None else getattr(torch, name)

@@ -14,6 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from taut.op import Op
 from taut.values import Original, Read, Value, reader
 
+Unwritable = Callable[[str, tuple[int, ...] | None], str | None]
+"""Why a parameter cannot be given values that vary along some axes (None: along all), or None."""
+
 Watch = Callable[[fx.Node, Any, Callable[[fx.Node], Any]], Any]
 
 LOW = (torch.float32, torch.bfloat16, torch.float16)
@@ -37,7 +40,7 @@ class Graph:
     `tensors` are the model's own, by name (meta tensors where only shapes are known); `values` says what each
     parameter has become; `ties` maps every name of a parameter to the one name used here; `outputs` are the names of
     what the model returns; `written` has the dtype of each parameter that a rewrite added. `read` reads a parameter's
-    original rows where `tensors` has only shapes. Nodes carry in `meta`: `val` (a meta tensor), `where` (module path), `line` (source), and
+    original rows where `tensors` has only shapes; `unwritable` says what its home on disk does not allow. Nodes carry in `meta`: `val` (a meta tensor), `where` (module path), `line` (source), and
     placeholders `kind` ("parameter", "buffer" or "input") and `tensor` (its name).
     """
 
@@ -48,6 +51,7 @@ class Graph:
     outputs: tuple[str, ...]
     written: dict[str, str] = field(default_factory=dict)
     read: Read | None = None
+    unwritable: Unwritable | None = None
 
     @property
     def nodes(self) -> Iterator[fx.Node]:
@@ -73,7 +77,7 @@ class Graph:
         result = twin.graph_copy(self.fx, mapped)
         out = twin.output(result)
         out.meta = dict(self.output.meta)
-        return Graph(twin, self.tensors, dict(self.values), self.ties, self.outputs, dict(self.written), self.read)
+        return Graph(twin, self.tensors, dict(self.values), self.ties, self.outputs, dict(self.written), self.read, self.unwritable)
 
     def add_parameter(self, name: str, value: Value, like: Tensor) -> fx.Node:
         """A new parameter with its value; `like` (meta will do) has its shape and dtype."""

@@ -1,8 +1,9 @@
-"""A checkpoint as a model: its class, its configuration, and its graph from shapes alone."""
+"""A checkpoint as a model: its class, its configuration, and its graph, from shapes alone or with tensors read late."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,34 +13,32 @@ import torch
 from torch import Tensor, nn
 
 from taut.checkpoint import BadInput, Checkpoint, open_checkpoint
-from taut.checkpoint.names import Piece, locate
+from taut.checkpoint.names import Located, locate
 from taut.graph import Graph
 from taut.shrink import build_on_meta, example_inputs
+from taut.shrink.weights import cast_weights
 from taut.tracing import CannotTrace, trace
 
 
 @dataclass
 class Opened:
-    """An opened checkpoint. `untied` gives its head a tensor of its own."""
+    """An opened checkpoint. `untied` gives its head a tensor of its own; `refused` parameters must stay as they are."""
 
     checkpoint: Checkpoint
     config: Any
     model_class: type[nn.Module]
     untied: bool = False
-    graphs: dict[str, Graph] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def meta(self) -> nn.Module:
         """The model without weights, on the meta device."""
-        return build_on_meta(self.model_class, self.config)
+        return build_on_meta(self.model_class, self.config).eval()
 
     @cached_property
-    def pieces(self) -> dict[str, list[Piece]]:
-        """Where on disk each parameter lies.
-
-        Raises BadInput for missing tensors and wrong shapes.
-        """
-        return locate(self.meta, self.checkpoint)
+    def located(self) -> Located:
+        """Where on disk each parameter lies. Raises BadInput for missing tensors and wrong shapes."""
+        return locate(self.meta, self.checkpoint, untied=self.untied)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -51,16 +50,74 @@ class Opened:
         return max(bytes_of, key=bytes_of.__getitem__, default=torch.float32)
 
     def graph(self, outputs: str) -> Graph:
-        """The exported graph, from shapes alone. Raises BadInput where the model cannot be traced."""
-        if outputs not in self.graphs:
-            try:
-                self.graphs[outputs] = trace(self.meta, example_inputs(self.meta), outputs=outputs)
-            except CannotTrace as error:
-                raise BadInput(
-                    f"{self.model_class.__name__} cannot be exported: {error}",
-                    "report the class and this message; nothing was changed",
-                ) from error
-        return self.graphs[outputs]
+        """The graph from shapes alone. Raises BadInput where the model cannot be traced."""
+        return self._trace(self.meta, outputs)
+
+    def writable_graph(self, outputs: str) -> Graph:
+        """The graph from shapes alone, with what the layout on disk does not allow to be changed."""
+        graph = self.graph(outputs)
+        graph.unwritable = lambda name, axes: self.refused.get(name) or self.located.unwritable(name, axes)
+        return graph
+
+    def full_graph(self, outputs: str, dtype: torch.dtype | None = None) -> Graph:
+        """The graph that can be run: parameters are read from disk when they are needed, and not kept."""
+        model = cast_weights(build_on_meta(self.model_class, self.config).eval(), dtype or self.dtype)
+        graph = self._trace(model, outputs)
+        tensors = dict(graph.tensors)
+        for name, buffer in self._buffers().items():
+            tensors[name] = buffer
+        lost = [n for n, node in graph.placeholders("buffer").items() if tensors[n].is_meta and node.users]
+        if lost:
+            raise BadInput(f"the full model cannot be run: {', '.join(lost)} is made up while tracing", "leave --verify out")
+
+        def read(name: str, rows: slice | None) -> Tensor:
+            return self.located.read(name, rows).to(dtype or self.dtype)
+
+        return Graph(graph.fx, tensors, graph.values, graph.ties, graph.outputs, graph.written, read)
+
+    def read(self, name: str) -> Tensor:
+        """A parameter as it stands on disk: taut form keeps the graph's own names."""
+        return self.checkpoint.read(name) if self.in_taut_form else self.located.read(name)
+
+    @property
+    def in_taut_form(self) -> bool:
+        record = self.checkpoint.prior.record
+        return record is not None and record.get("plan", {}).get("form") == "taut"
+
+    def inputs(self, seed: int = 0) -> dict[str, Tensor]:
+        """Made-up inputs on the CPU."""
+        return example_inputs(self.meta, seed=seed, device="cpu")
+
+    def _buffers(self) -> Mapping[str, Tensor]:
+        with _parameters_on_meta():
+            model = self.model_class(self.config)
+        buffers = dict(model.named_buffers(remove_duplicate=False))
+        stored = {name: self.located.read(name) for name in buffers if self.located.get(name)}
+        return buffers | stored
+
+    def _trace(self, model: nn.Module, outputs: str) -> Graph:
+        try:
+            return trace(model, example_inputs(model), outputs=outputs)
+        except CannotTrace as error:
+            cause = f"{self.model_class.__name__} cannot be exported: {error}"
+            raise BadInput(cause, "report the class and this message; nothing was changed") from error
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Inside, modules keep real buffers and get parameters without storage: rotary tables without gigabytes."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
 
 
 def open_model(
@@ -91,7 +148,7 @@ def model_class(checkpoint: Checkpoint, config: Any) -> type[nn.Module]:
     named = ", ".join(getattr(config, "architectures", None) or ("none",))
     raise BadInput(
         f"{checkpoint.path}: the installed transformers has no model class for architectures: {named}",
-        "update transformers, or add `architectures` to config.json",
+        "update transformers, or correct `architectures` in config.json",
     )
 
 
@@ -101,5 +158,4 @@ def _remote_class(checkpoint: Checkpoint) -> type[nn.Module]:
     autos = {k: v for k, v in checkpoint.config["auto_map"].items() if k.startswith("AutoModel")}
     if not autos:
         raise BadInput(f"{checkpoint.path}: auto_map names no model class", "add one to config.json")
-    reference = next(iter(autos.values()))
-    return get_class_from_dynamic_module(reference, str(checkpoint.path))
+    return get_class_from_dynamic_module(next(iter(autos.values())), str(checkpoint.path))

@@ -58,6 +58,17 @@ class Evidence:
         return asdict(self)
 
 
+class NotProved(Exception):
+    """The proof failed; `evidence` says where."""
+
+    def __init__(self, cause: str, evidence: Evidence) -> None:
+        details = [f"{name} unproved" for name in evidence.unproved] + evidence.notes
+        if evidence.worst and not evidence.float64_error <= SAME_FUNCTION:
+            details.insert(0, f"off by {evidence.float64_error:.1e} at {evidence.worst}")
+        super().__init__(": ".join([cause, "; ".join(details)]) if details else cause)
+        self.evidence = evidence
+
+
 @dataclass
 class Comparison:
     """Errors of one run over all inputs: per output, and per node that both graphs have."""

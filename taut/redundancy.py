@@ -65,11 +65,8 @@ def effective_dims(model: nn.Module, batches: Iterable[Any]) -> list[EffectiveDi
     Raises ValueError where a layer saw fewer tokens than inputs: its rank would be that of the sample.
     """
     watch = _Watch()
-    handles = [
-        module.register_forward_hook(watch.hook(name))
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "weight", None), Tensor) and module.weight.dim() == 2
-    ]
+    matrices = {name: module for name, module in model.named_modules() if _has_matrix(module)}
+    handles = [module.register_forward_hook(watch.hook(name)) for name, module in matrices.items()]
     try:
         with torch.no_grad():
             for batch in batches:
@@ -78,6 +75,11 @@ def effective_dims(model: nn.Module, batches: Iterable[Any]) -> list[EffectiveDi
         for handle in handles:
             handle.remove()
     return [layer.finish(name) for name, layer in watch.layers.items()]
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.dim() == 2
 
 
 class _Layer:

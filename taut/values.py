@@ -170,3 +170,13 @@ def originals(value: Value) -> Iterator[str]:
 def reader(tensors) -> Read:
     """Read from a mapping of tensors that are in memory."""
     return lambda name, rows: tensors[name] if rows is None else tensors[name][rows]
+
+
+def varies_along(value: Value) -> tuple[int, ...] | None:
+    """The axes along which a value differs from the original by more than a common factor; None: any."""
+    if isinstance(value, Original | Filled):
+        return ()
+    if isinstance(value, Scaled):
+        inner = varies_along(value.x)
+        return None if inner is None else tuple(sorted({*inner, value.axis}))
+    return None

@@ -67,7 +67,7 @@ class Body(nn.Module):
             setattr(self, name, layer)
         with torch.no_grad():
             for parameter in self.parameters():
-                parameter += 0.3 * torch.rand_like(parameter)
+                parameter += 0.3 * torch.randn_like(parameter)
 
     def forward(self, x):
         return self.body(self, x)
@@ -89,7 +89,7 @@ def moves_the_outputs(graph: Graph, norm: fx.Node, inputs: dict[str, torch.Tenso
         if node.name != norm.name:
             return value
         generator = torch.Generator().manual_seed(5)
-        return value * torch.randn(*value.shape[:-1], 1, generator=generator, dtype=value.dtype).mul(0.7).exp()
+        return value * torch.randn(*value.shape[:-1], 1, generator=generator, dtype=value.dtype).mul(1.5).exp()
 
     before = bare.run(inputs, float64=True)
     after = bare.run(inputs, float64=True, watch=scaled)

@@ -22,20 +22,17 @@ W = scales.WIDTH
 COUNTS = {
     "llama": (5, 0),
     "gemma2": (9, 0),
-    "gemma3": (13, 0),
     "gemma4": (15, 2),
     "qwen3": (9, 0),
-    "olmo2": (9, 0),
     "mixtral": (5, 0),
     "deepseek_v3": (9, 0),
-    "gpt_neox": (5, 0),
     "mamba": (3, 0),
 }
 
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_agrees_with_the_scale_oracle_on_architectures(name):
-    _, graph, inputs = scales.traced(name)
+    _, graph, inputs = scales.traced(name, "logits")
     norms = list(graph.calls(*NORMS))
     empty = [not reach(graph, norm).frontier for norm in norms]
     still = [not scales.moves_the_outputs(graph, norm, inputs) for norm in norms]
@@ -102,7 +99,8 @@ CASES = {
     "a neighbour's scalar": (lambda m, y: m.a(y) + m.a(y).roll(1, 1), "different tokens"),
     "a neighbour's factor": (lambda m, y: m.a(y) * m.a(y).roll(1, 1), "different tokens"),
     "joined with a neighbour": (lambda m, y: torch.cat((m.a(y)[:, :3], m.a(y)[:, 3:]), -1), "cannot follow"),
-    "tokens mixed by a view": (lambda m, y: m.d(m.a(y).reshape(2, 3, 2 * W)), "different scalars"),
+    "tokens mixed by a view": (lambda m, y: m.d(m.a(y).reshape(2, 3, 2 * W)), "cannot follow"),
+    "tokens contracted": (lambda m, y: m.tokens(m.a(y).transpose(1, 2)), "different scalars"),
     "joined with a constant": (lambda m, y: torch.cat((m.a(y), torch.ones(2, 6, 1)), -1), "differently"),
     "softmax": (lambda m, y: m.a(y).softmax(-1), "proportional"),
     "sigmoid": (lambda m, y: m.a(y).sigmoid(), "proportional"),
@@ -122,7 +120,7 @@ CASES = {
         .flatten(2),
         "mixes tokens",
     ),
-    "norm over two tokens": (lambda m, y: m.wide(m.a(y).reshape(2, 3, 2 * W)), "different scalars"),
+    "norm over tokens": (lambda m, y: m.long(m.a(y).transpose(1, 2)), "different scalars"),
     "tokens at the places of the largest": (
         lambda m, y: m.a(y).gather(1, y.sum(-1, True).argsort(1).expand(y.shape)),
         "different scalars",
@@ -131,7 +129,9 @@ CASES = {
     "sorted over tokens": (lambda m, y: m.a(y).sort(1).values, "different scalars"),
     "group-limited routing": (lambda m, y: groups(m.a(y)), "proportional"),
 }
-IMPRECISE = {"tokens by an index"}
+
+# A frontier where the outputs stay: what the facts cannot know, and may lose.
+IMPRECISE = {"a neighbour's factor", "exponent", "tokens by an index"}
 
 
 def case(name):
@@ -145,7 +145,7 @@ def case(name):
         "tokens": L(6, 6, bias=False),
         "batch": nn.BatchNorm1d(W),
         "conv": nn.Conv1d(W, W, 3, padding=1, bias=False),
-        "wide": nn.RMSNorm(2 * W, eps=1e-6),
+        "long": nn.RMSNorm(6, eps=1e-6),
     }
     body, _ = CASES[name]
     with torch.no_grad():
@@ -165,7 +165,7 @@ def test_every_rule_against_the_oracle(name):
         assert not moved
     else:
         assert any(reason in edge.reason for edge in frontier), [str(edge) for edge in frontier]
-        assert moved or name in IMPRECISE
+        assert moved == (name not in IMPRECISE)
 
 
 def test_an_output_is_a_frontier():
@@ -183,7 +183,7 @@ def test_degrees_add_multiply_and_subtract():
     _, graph, _ = scales.hand_made(body, n=nn.RMSNorm(W), a=L(W, W, bias=False))
     edges = reach(graph, next(graph.calls(*NORMS))).frontier
     degrees = {edge.degree for edge in edges if edge.user is graph.output}
-    assert degrees == {3, -3}  # the root of degree 1 needs degree 0, so the second output has degree -2 put in before
+    assert degrees == {3, -2, -3}  # the root of degree 1 needs degree 0: the scalar is put in before it
     assert any("proportional" in edge.reason for edge in edges)
 
 

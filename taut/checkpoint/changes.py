@@ -38,7 +38,6 @@ class Part:
     """What becomes of a box of a tensor."""
 
     piece: Piece
-    parameter: str
     change: Change
 
 
@@ -89,7 +88,7 @@ def disk_edits(located: Located, changes: Mapping[str, Change]) -> tuple[dict[st
             if name in located.new:
                 continue
             for piece in located[name]:
-                part = Part(piece, name, change)
+                part = Part(piece, change)
                 if part not in parts.setdefault(piece.tensor, []):
                     parts[piece.tensor].append(part)
     edits = {tensor: _edit(tensor, located, found) for tensor, found in parts.items()}
@@ -164,4 +163,4 @@ def _added(parameter: str, located: Located, changes: Mapping[str, Change]) -> E
         raise ValueError(f"{parameter}: was tied to a parameter that the checkpoint holds in parts")
     if parameter not in changes:
         return Copy(piece.tensor, info)
-    return _edit(piece.tensor, located, [Part(piece, parameter, changes[parameter])])
+    return _edit(piece.tensor, located, [Part(piece, changes[parameter])])

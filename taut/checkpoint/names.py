@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from taut.checkpoint.errors import BadInput
-from taut.checkpoint.probe import Piece, Shape, length, probe, whole
+from taut.checkpoint.probe import Piece, Shape, Shorten, length, probe, whole
 from taut.checkpoint.read import Checkpoint
 
 CURE = "download the checkpoint again, or correct `architectures` in its config.json"
@@ -26,7 +26,7 @@ ROWS_BYTES = 64 << 20
 
 @dataclass
 class Group:
-    """Checkpoint tensors that become parameters together, by the pattern they match; a plain name without `converter`."""
+    """Checkpoint tensors that become parameters together, by the pattern they match; one name where no converter."""
 
     converter: Any = None
     tensors: dict[str, list[str]] = field(default_factory=dict)
@@ -44,10 +44,34 @@ class Group:
         made = converter.convert(target, model=model, config=model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
+    def probe(self, model: Any, target: str, tensors: Mapping[str, Shape], made: Mapping[str, Shape]):
+        """The pieces of each parameter the conversion makes, or None where they cannot be told."""
+        try:
+            return probe(
+                lambda values, shorten: self.convert(_Shortened(model, shorten), target, values), tensors, made
+            )
+        except ValueError:
+            return None
+
     def signature(self, shapes: Iterable[Shape], made: Iterable[Shape]) -> tuple:
         """What the pieces depend on; the same for the same conversion in every layer."""
         counts = tuple((pattern, len(names)) for pattern, names in self.tensors.items())
         return str(self.converter), str(self.converter.operations), counts, tuple(shapes), tuple(made)
+
+
+@dataclass
+class _Shortened:
+    """A model as a conversion sees it: its configuration, and its parameters' shapes, cut short."""
+
+    model: Any
+    shorten: Shorten
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    def get_parameter(self, name: str) -> Tensor:
+        return torch.empty(self.shorten(tuple(self.model.get_parameter(name).shape)), device="meta")
 
 
 class Located(dict[str, list[Piece]]):
@@ -197,20 +221,13 @@ def _place_converted(found: Located, target: str, group: Group, known: dict) -> 
         found._groups[name] = (target, group)
     key = group.signature(tensors.values(), made.values())
     if key not in known:
-        known[key] = (list(made), list(tensors), _probe(found, target, group, tensors, made))
+        known[key] = (list(made), list(tensors), group.probe(found.model, target, tensors, made))
     first_made, first_tensors, pieces = known[key]
     for old, name in zip(first_made, made, strict=True):
         renamed = dict(zip(first_tensors, tensors, strict=True))
         found[name] = [Piece(renamed[p.tensor], p.inside, p.part, p.axes) for p in pieces[old]] if pieces else []
         if pieces is None:
             found.scattered[name] = f"the checkpoint holds {name} in an order that cannot be told apart into pieces"
-
-
-def _probe(found: Located, target: str, group: Group, tensors: dict[str, Shape], made: dict[str, Shape]):
-    try:
-        return probe(lambda values: group.convert(found.model, target, values), tensors, made)
-    except ValueError:
-        return None
 
 
 def _check_shape(found: Located, name: str, group: Group, shape: Shape) -> None:

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 Shape = tuple[int, ...]
-Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
-"""A conversion: checkpoint tensors in, parameters out."""
-MOST_ELEMENTS = 1 << 22
+Shorten = Callable[[Shape], Shape]
+Convert = Callable[[dict[str, Tensor], Shorten], dict[str, Tensor]]
+"""A conversion: checkpoint tensors in, parameters out; a parameter's shape that it asks for must be shortened too."""
+MOST_ELEMENTS = 1 << 20
 SHORTEST = 8
 
 
@@ -66,53 +67,51 @@ def probe(convert: Convert, tensors: Mapping[str, Shape], parameters: Mapping[st
     Raises:
         ValueError: the conversion moves elements in a way that cannot be described piece by piece.
     """
-    for cut in _cuts(list(tensors.values())):
+    lengths = _common_lengths(list(tensors.values()))
+    for cut in _cuts(lengths, list(tensors.values())):
         found = _probe(convert, tensors, parameters, cut)
         if found is None:
             continue
-        others = [other for other in _cuts(list(tensors.values()), longer=True) if _axes(other) == _axes(cut)]
-        if not any(cut) or (others and _probe(convert, tensors, parameters, others[0]) == found):
+        other = tuple(size and _short(full, second=True) for size, full in zip(cut, lengths, strict=True))
+        if not any(cut) or _probe(convert, tensors, parameters, other) == found:
             return found
     raise ValueError(f"cannot tell which parts of {', '.join(parameters)} the checkpoint's tensors hold")
 
 
-Cut = tuple[int, ...]
-"""For each axis the length that stands in for the real one; 0 where the axis is left whole."""
+def _common_lengths(shapes: Sequence[Shape]) -> Shape:
+    """For each axis the length that all tensors have there, or 0."""
+    if len({len(shape) for shape in shapes}) > 1:
+        return ()
+    return tuple(sizes[0] if len(set(sizes)) == 1 else 0 for sizes in zip(*shapes, strict=True))
 
 
-def _axes(cut: Cut) -> tuple[bool, ...]:
-    return tuple(map(bool, cut))
+def _cuts(lengths: Shape, shapes: Sequence[Shape]) -> Iterator[Shape]:
+    """For each axis a short length to stand in for the real one, or 0 to leave it; the least cut first.
 
-
-def _cuts(shapes: Sequence[Shape], longer: bool = False) -> Iterator[Cut]:
-    """Ways to cut the tensors short, smallest first, among the axes that have one length in all of them."""
-    rank = len(shapes[0])
-    if any(len(shape) != rank for shape in shapes):
-        rank = 0
-    short = [_shorter({shape[axis] for shape in shapes}, longer) for axis in range(rank)]
-    choices = itertools.product(*[(s, 0) if s else (0,) for s in short])
-    for cut in sorted(set(choices), key=lambda c: c.count(0)):
+    Only what is small enough to be probed is given.
+    """
+    choices = itertools.product(*[dict.fromkeys((0, _short(length) if length else 0)) for length in lengths])
+    for cut in sorted(choices, key=lambda cut: -cut.count(0)):
         if sum(math.prod(_apply(cut, shape)) for shape in shapes) <= MOST_ELEMENTS:
             yield cut
 
 
-def _shorter(lengths: set[int], longer: bool) -> int:
-    if len(lengths) != 1:
-        return 0
-    size = lengths.pop()
-    step = 2 if size % 2 == 0 else 1
-    divisors = [d for d in range(SHORTEST, size // 2 + 1, step) if size % d == 0][:2]
-    return divisors[longer] if len(divisors) == 2 else 0
+def _short(full: int, second: bool = False) -> int:
+    """One of two short lengths that divide a length and are even where it is; 0 where there are no two."""
+    step = 2 if full % 2 == 0 else 1
+    divisors = [d for d in range(SHORTEST, full // 2 + 1, step) if full % d == 0][:2]
+    return divisors[second] if len(divisors) == 2 else 0
 
 
-def _apply(cut: Cut, shape: Shape) -> Shape:
-    return tuple(c or s for c, s in itertools.zip_longest(cut, shape)) if cut else shape
+def _apply(cut: Shape, shape: Shape) -> Shape:
+    return tuple(c or s for c, s in zip(cut, shape, strict=True)) if cut else shape
 
 
 def _probe(
-    convert: Convert, tensors: Mapping[str, Shape], parameters: Mapping[str, Shape], cut: Cut
+    convert: Convert, tensors: Mapping[str, Shape], parameters: Mapping[str, Shape], cut: Shape
 ) -> dict[str, list[Piece]] | None:
     """The pieces in full size, or None where the conversion does not work on tensors cut this way."""
+    lengths = _common_lengths(list(tensors.values()))
     shapes = {name: _apply(cut, shape) for name, shape in tensors.items()}
     starts = [0, *itertools.accumulate(math.prod(shape) for shape in shapes.values())]
     numbered = {
@@ -120,7 +119,7 @@ def _probe(
         for (name, shape), start in zip(shapes.items(), starts, strict=False)
     }
     try:
-        converted = convert(numbered)
+        converted = convert(numbered, lambda shape: _shorten(shape, lengths, cut))
     except Exception:
         return None
     if set(converted) != set(parameters):
@@ -134,6 +133,12 @@ def _probe(
             return None
         found[parameter] = whole_pieces
     return found
+
+
+def _shorten(shape: Shape, lengths: Shape, cut: Shape) -> Shape:
+    """A parameter's shape, cut at the axes where it has the tensors' length."""
+    pairs = itertools.zip_longest(shape, lengths[: len(shape)], cut[: len(shape)], fillvalue=0)
+    return tuple(short if short and size == full else size for size, full, short in pairs)
 
 
 def _boxes(

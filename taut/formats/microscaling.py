@@ -8,7 +8,7 @@ Differs: the specification leaves blocks with NaN or infinity open; here such a 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,30 +19,22 @@ SCALE_BIAS = 127
 SCALE_NAN = 255
 
 
-@dataclass(frozen=True)
-class MX:
-    """Elements of one minifloat format in blocks of `block` along the last axis, with an E8M0 scale for each block."""
-
-    element: Minifloat
-    block: int = 32
-
-    @property
-    def bits_per_value(self) -> float:
-        return self.element.bits + 8 / self.block
-
-
-MXFP8 = MX(E4M3)
-MXFP8_E5M2 = MX(E5M2)
-MXFP6 = MX(E2M3)
-MXFP6_E3M2 = MX(E3M2)
-MXFP4 = MX(E2M1)
-
-
 class Blocks(NamedTuple):
-    """`scales`: uint8 [..., d / block], E8M0 codes. `codes`: uint8 [..., d], one element code a byte."""
+    """`scales`: uint8 [..., d / block], scale codes. `codes`: uint8 [..., d], one element code a byte. `scale`: a
+    float32 [] for the whole tensor, where the format has one."""
 
     scales: Tensor
     codes: Tensor
+    scale: Tensor | None = None
+
+
+class BlockFormat(Protocol):
+    """A format of short floats in blocks along the last axis, each block with a scale."""
+
+    @property
+    def block(self) -> int: ...
+    def quantize(self, x: Tensor) -> Blocks: ...
+    def dequantize(self, quantized: Blocks, dtype: torch.dtype = torch.float32) -> Tensor: ...
 
 
 def in_blocks(x: Tensor, block: int) -> Tensor:
@@ -52,23 +44,40 @@ def in_blocks(x: Tensor, block: int) -> Tensor:
     return x.unflatten(-1, (-1, block))
 
 
-def quantize(x: Tensor, form: MX = MXFP8) -> Blocks:
-    """x [..., d], any floating dtype, to `form`. The shared exponent is that of the block's largest magnitude, less
-    the element format's own; what then exceeds the element format saturates."""
-    blocks = in_blocks(x if x.dtype == torch.float64 else x.float(), form.block)
-    absmax = blocks.abs().amax(-1)
-    exponent = (floor_log2(absmax) - form.element.largest_exponent).clamp(-SCALE_BIAS, SCALE_BIAS)
-    values = form.element.round(blocks * power_of_two(-exponent, blocks.dtype)[..., None])
-    finite = absmax.isfinite()
-    codes = form.element.encode(torch.where(finite[..., None], values, 0.0))
-    scales = (exponent + SCALE_BIAS).masked_fill(~finite, SCALE_NAN)
-    return Blocks(scales.to(torch.uint8), codes.flatten(-2))
+@dataclass(frozen=True)
+class MX:
+    """Elements of one minifloat format in blocks of `block`, each block with an E8M0 scale."""
+
+    element: Minifloat
+    block: int = 32
+
+    @property
+    def bits_per_value(self) -> float:
+        return self.element.bits + 8 / self.block
+
+    def quantize(self, x: Tensor) -> Blocks:
+        """x [..., d], any floating dtype. The shared exponent is that of the block's largest magnitude, less the
+        element format's own; what then exceeds the element format saturates. ValueError unless the block divides d."""
+        blocks = in_blocks(x if x.dtype == torch.float64 else x.float(), self.block)
+        absmax = blocks.abs().amax(-1)
+        exponent = (floor_log2(absmax) - self.element.largest_exponent).clamp(-SCALE_BIAS, SCALE_BIAS)
+        values = self.element.round(blocks * power_of_two(-exponent, blocks.dtype)[..., None])
+        finite = absmax.isfinite()
+        codes = self.element.encode(torch.where(finite[..., None], values, 0.0))
+        scales = (exponent + SCALE_BIAS).masked_fill(~finite, SCALE_NAN)
+        return Blocks(scales.to(torch.uint8), codes.flatten(-2))
+
+    def dequantize(self, quantized: Blocks, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The values [..., d] in `dtype`; exact in float32 and float64."""
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        scale = power_of_two(quantized.scales.long() - SCALE_BIAS, exact)
+        scale = scale.masked_fill(quantized.scales == SCALE_NAN, torch.nan)
+        values = self.element.decode(in_blocks(quantized.codes, self.block), exact) * scale[..., None]
+        return values.flatten(-2).to(dtype)
 
 
-def dequantize(quantized: Blocks, form: MX = MXFP8, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The values [..., d] in `dtype`; exact in float32 and float64."""
-    exact = torch.float64 if dtype == torch.float64 else torch.float32
-    scale = power_of_two(quantized.scales.long() - SCALE_BIAS, exact)
-    scale = scale.masked_fill(quantized.scales == SCALE_NAN, torch.nan)
-    values = form.element.decode(in_blocks(quantized.codes, form.block), exact) * scale[..., None]
-    return values.flatten(-2).to(dtype)
+MXFP8 = MX(E4M3)
+MXFP8_E5M2 = MX(E5M2)
+MXFP6 = MX(E2M3)
+MXFP6_E3M2 = MX(E3M2)
+MXFP4 = MX(E2M1)

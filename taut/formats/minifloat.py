@@ -6,6 +6,7 @@ Source: Rouhani et al., OCP Microscaling Formats (MX) Specification v1.0, 2023, 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +46,7 @@ class Minifloat:
 
     @property
     def largest_exponent(self) -> int:
-        return torch.frexp(torch.tensor(self.largest)).exponent.item() - 1
+        return math.frexp(self.largest)[1] - 1
 
     def round(self, x: Tensor) -> Tensor:
         """The nearest value of the format, ties to the even code, saturating; same shape and dtype as `x`.

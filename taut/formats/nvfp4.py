@@ -8,39 +8,42 @@ Differs: every quotient is rounded once, from its real value (the paper multipli
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from taut.formats.microscaling import in_blocks
+from taut.formats.microscaling import Blocks, in_blocks
 from taut.formats.minifloat import E2M1, E4M3
 
-BLOCK = 16
 
+@dataclass(frozen=True)
+class NVFP4:
+    """E2M1 elements, E4M3 block scales and a float32 scale for the tensor, which takes its largest magnitude to the
+    largest value that the two can hold."""
 
-class NVFP4Blocks(NamedTuple):
-    """`scale`: float32 [], `scales`: uint8 [..., d / 16], E4M3 codes, `codes`: uint8 [..., d], one a byte."""
+    block: int = 16
 
-    scale: Tensor
-    scales: Tensor
-    codes: Tensor
+    @property
+    def bits_per_value(self) -> float:
+        return E2M1.bits + E4M3.bits / self.block
 
+    def quantize(self, x: Tensor) -> Blocks:
+        """x [..., d], finite, any floating dtype (float64 is rounded to float32 first). ValueError unless the block
+        divides d."""
+        blocks = in_blocks(x.float().double(), self.block)
+        absmax = blocks.abs().amax(-1)
+        scale = (absmax.amax() / (E2M1.largest * E4M3.largest)).float()
+        per_tensor = torch.where(scale > 0, scale, 1.0).double()
+        scales = E4M3.round(absmax / (E2M1.largest * per_tensor))
+        step = (scales * per_tensor)[..., None]
+        codes = E2M1.round(torch.where(step > 0, blocks / step, 0.0))
+        return Blocks(E4M3.encode(scales), E2M1.encode(codes).flatten(-2), scale)
 
-def quantize(x: Tensor) -> NVFP4Blocks:
-    """x [..., d], any floating dtype (float64 is rounded to float32 first). Raises ValueError unless 16 divides d."""
-    blocks = in_blocks(x.float().double(), BLOCK)
-    absmax = blocks.abs().amax(-1)
-    scale = (absmax.amax() / (E2M1.largest * E4M3.largest)).float()
-    per_tensor = torch.where(scale > 0, scale, 1.0).double()
-    scales = E4M3.round(absmax / (E2M1.largest * per_tensor))
-    step = (scales * per_tensor)[..., None]
-    codes = E2M1.round(torch.where(step > 0, blocks / step, 0.0))
-    return NVFP4Blocks(scale, E4M3.encode(scales), E2M1.encode(codes).flatten(-2))
-
-
-def dequantize(quantized: NVFP4Blocks, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The values [..., d], rounded once to `dtype`."""
-    step = E4M3.decode(quantized.scales, torch.float64) * quantized.scale.double()
-    values = E2M1.decode(in_blocks(quantized.codes, BLOCK), torch.float64) * step[..., None]
-    return values.flatten(-2).to(dtype)
+    def dequantize(self, quantized: Blocks, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The values [..., d], rounded once to `dtype`. ValueError for blocks without a scale for the tensor."""
+        if quantized.scale is None:
+            raise ValueError("these blocks have no scale for the tensor: they are of another format")
+        step = E4M3.decode(quantized.scales, torch.float64) * quantized.scale.double()
+        values = E2M1.decode(in_blocks(quantized.codes, self.block), torch.float64) * step[..., None]
+        return values.flatten(-2).to(dtype)

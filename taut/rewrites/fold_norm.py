@@ -16,7 +16,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
 
 from taut.facts.contraction import name_of, place, uses
@@ -27,7 +26,7 @@ from taut.ops.dyt import dyt
 from taut.ops.layer_norm import layer_norm
 from taut.ops.rms_norm import rms_norm
 from taut.rewrite import Exactness, Form, Rewrite, Site
-from taut.values import Affine, Filled, Original, Pick, Scaled, Shifted, Value
+from taut.values import Filled, Pick, Scaled, Shifted, Value, varies_along
 
 
 @dataclass
@@ -154,7 +153,7 @@ def _agreeing(graph: Graph, found: list[tuple[Site, Fold | None]], used: dict[st
         for i, (site, fold) in enumerate(found):
             if fold is None or site.refused is not None:
                 continue
-            reason = _conflict(graph, fold, wanted, used)
+            reason = _conflict(graph, fold, wanted, used) or _unwritable(graph, fold)
             if reason is not None:
                 found[i] = (site.refuse(reason), None)
                 refused = True
@@ -173,6 +172,13 @@ def _conflict(graph: Graph, fold: Fold, wanted: dict[str, list[Fold]], used: dic
             also = f" (tied to {', '.join(tied)})" if tied else ""
             return f"{parameter}{also} is also read by {name_of(min(outside, key=lambda n: n.name))}"
     return None
+
+
+def _unwritable(graph: Graph, fold: Fold) -> str | None:
+    if graph.unwritable is None:
+        return None
+    reasons = (graph.unwritable(parameter, varies_along(value)) for parameter, value in fold.becomes.items())
+    return next((reason for reason in reasons if reason), None)
 
 
 def _bound(site: Site, fold: Fold | None, wanted: dict[str, list[Fold]]) -> Site:

@@ -123,7 +123,7 @@ def _reason(error: Exception) -> str:
 def _recipes(config: PreTrainedConfig) -> Iterator[Recipe]:
     """The attempts in their fixed order: all shrunk; one role or two left alone; wider; all roles left alone."""
     present = {role_of(name) for _, part in tree(config) for name in vars(part)}
-    roles = [role for role in ROLES if role in present and role not in STRUCTURE]
+    roles = [role for role in (*ROLES, "stages") if role in present | {"stages"} and role not in STRUCTURE]
     yield Recipe()
     yield Recipe(listed=True)
     for kept in itertools.chain(itertools.combinations(roles, 1), itertools.combinations(roles, 2)):

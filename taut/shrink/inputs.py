@@ -15,8 +15,10 @@ from taut.shrink.sizes import VOCAB, ints, role_of, tree
 LENGTH = 13
 
 
-def example_inputs(model: nn.Module, batch: int = 2, length: int = LENGTH, seed: int = 0) -> dict[str, Tensor]:
-    """Keyword inputs made up from the signature of `forward` and the configuration, on the model's device.
+def example_inputs(
+    model: nn.Module, batch: int = 2, length: int = LENGTH, seed: int = 0, device: str | None = None
+) -> dict[str, Tensor]:
+    """Keyword inputs made up from the signature of `forward` and the configuration, on `device` or the model's own.
 
     Text alone where the class takes it. Row 1 of `attention_mask` ends in padding; no row is all padding. Where names
     leave the layout open (is it frames x bins or bins x frames?), the first one with which the model runs is taken.
@@ -24,6 +26,8 @@ def example_inputs(model: nn.Module, batch: int = 2, length: int = LENGTH, seed:
     inputs = _Inputs(model, batch, length, seed)
     options = inputs.options()
     chosen = next((o for o in options if inputs.runs(o)), options[0]) if len(options) > 1 else options[0]
+    if device is not None:
+        inputs.device = torch.device(device)
     return inputs.make(chosen)
 
 
@@ -34,8 +38,10 @@ class _Inputs:
     """Makes inputs for one model. A main input is a name with a shape behind the batch; () means token ids."""
 
     def __init__(self, model: nn.Module, batch: int, length: int, seed: int) -> None:
-        self.model, self.batch, self.length, self.seed = model, batch, length, seed
+        self.model, self.batch, self.seed = model, batch, seed
         self.config: Any = model.config
+        positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        self.length = min(length, positions) if type(positions) is int and positions > 2 else length
         self.parts = [part for _, part in tree(self.config)]
         self.accepted = inspect.signature(model.forward).parameters
         first = next(p for p in model.parameters() if p.is_floating_point())
@@ -59,7 +65,8 @@ class _Inputs:
     def shapes(self, name: str) -> list[tuple[int, ...]]:
         """The layouts that an input of this name comes in, the commonest first."""
         if name.startswith("pixel_values"):
-            return [s for image in self.images() for s in (image, (self.frames(), *image))]
+            patches = [(16, c * self.number("patch_size", default=16) ** 2) for c, _, _ in self.images()]
+            return [s for image in self.images() for s in (image, (self.frames(), *image))] + patches
         if name == "input_values":
             return [*((t,) for t in self.samples()), *((1, t) for t in self.samples()), *self.spectra()]
         if name in ("input_features", "past_values"):
@@ -140,6 +147,10 @@ class _Inputs:
             case "decoder_input_ids":
                 vocab = self.number("decoder_vocab_size", "tgt_vocab_size", "vocab_size", default=VOCAB)
                 return self.ids(vocab, self.length - 2)
+            case "spatial_shapes" | "pixel_attention_mask" if (pixels := made.get("pixel_values")) is not None:
+                side = math.isqrt(pixels.shape[1])
+                shape = torch.full((self.batch, 2), side) if name == "spatial_shapes" else torch.ones(pixels.shape[:2])
+                return shape.long() if pixels.ndim == 3 else None
             case "bbox" if text is not None:
                 corner = torch.randint(0, 400, (self.batch, self.length, 2), generator=self.generator)
                 return torch.cat([corner, corner + 50], dim=-1)

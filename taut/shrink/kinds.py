@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
@@ -12,44 +12,59 @@ from taut.shrink.sizes import depths, is_layer_index, tree
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-# The path of the configuration that a list of layers belongs to, and the list's own path with numbers starred
-# -> for each layer its index, its signature, and whether the list is as long as one of the configuration's depths.
-Kinds = dict[tuple[str, str], list[tuple[int, tuple, bool]]]
+
+class Layer(NamedTuple):
+    """One element of a list of modules; `counted` if the list is as long as one of its configuration's depths."""
+
+    index: int
+    structure: frozenset
+    listed: tuple[tuple[str, Any], ...]
+    counted: bool
+
+
+# Keys: the path of the configuration that a list of modules belongs to, and the list's own path with numbers starred.
+Kinds = dict[tuple[str, str], list[Layer]]
 
 
 def kinds_of(model: nn.Module) -> Kinds:
-    """The signature of each layer of each list of modules."""
+    """Every list of modules, each element with what tells its kind."""
     paths = {id(part): path for path, part in tree(_config(model))}
     found: Kinds = {}
     for name, layers in model.named_modules():
-        if isinstance(layers, (nn.ModuleList, nn.Sequential)) and len(layers) > 1:
+        if isinstance(layers, (nn.ModuleList, nn.Sequential)):
             owner, config = _owner(model, name, paths)
-            is_layer = len(layers) in depths(config)
-            entries = found.setdefault((owner, re.sub(r"\d+", "*", name)), [])
-            for i, layer in enumerate(layers):
-                said = _listed(config, i, len(layers)) if is_layer else ()
-                entries.append((i, (_structure(layer), *said), is_layer))
+            counted = len(layers) in depths(config)
+            found.setdefault((owner, re.sub(r"\d+", "*", name)), []).extend(
+                Layer(i, _structure(layer), _listed(config, i, len(layers)), counted) for i, layer in enumerate(layers)
+            )
     return found
 
 
 def first_layers(kinds: Kinds) -> dict[str, list[int]]:
     """Per configuration path, the layers at which a kind first occurs, two at the least."""
     kept: dict[str, set[int]] = {}
-    for (owner, _), entries in kinds.items():
+    for (owner, _), layers in kinds.items():
         first: dict[tuple, int] = {}
-        for index, signature, is_layer in entries:
-            first[signature] = min(first.get(signature, index), index) if is_layer else 0
+        for layer in layers:
+            if layer.counted:
+                kind = (layer.structure, layer.listed)
+                first[kind] = min(first.get(kind, layer.index), layer.index)
         kept.setdefault(owner, set()).update(first.values())
     return {owner: sorted(indices if len(indices) > 1 else {0, 1}) for owner, indices in kept.items()}
 
 
 def missing_kinds(wanted: Kinds, got: Kinds) -> set[str]:
-    """Paths of the configurations whose layers lack a kind."""
+    """Paths of the configurations whose layers lack a kind. What only `got` lists is a coincidence of lengths."""
+    missing = set()
+    for key, layers in wanted.items():
+        names = {name for layer in layers if layer.counted for name, _ in layer.listed}
+        if not _distinct(layers, names) <= _distinct(got.get(key, []), names):
+            missing.add(key[0])
+    return missing
 
-    def distinct(kinds: Kinds, key: tuple[str, str]) -> set[tuple]:
-        return {signature for _, signature, _ in kinds.get(key, [])}
 
-    return {key[0] for key in wanted if not distinct(wanted, key) <= distinct(got, key)}
+def _distinct(layers: list[Layer], names: set[str]) -> set[tuple]:
+    return {(layer.structure, tuple(pair for pair in layer.listed if pair[0] in names)) for layer in layers}
 
 
 def _owner(model: nn.Module, name: str, paths: dict[int, str]) -> tuple[str, PreTrainedConfig]:
@@ -75,7 +90,7 @@ def _structure(layer: nn.Module) -> frozenset:
     return frozenset(parts)
 
 
-def _listed(config: PreTrainedConfig, index: int, count: int) -> tuple:
+def _listed(config: PreTrainedConfig, index: int, count: int) -> tuple[tuple[str, Any], ...]:
     """What the configuration's lists say of one of its layers: its types, and whether its index is named."""
     lists = {n: v for n, v in vars(config).items() if isinstance(v, (list, tuple))}
     types = [

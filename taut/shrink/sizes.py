@@ -23,6 +23,7 @@ ROLES = {
     "frames": r"^max_source_positions$",
     "keep": r"(ignore|loss|cost|position|relative|bucket|type_vocab|per_layer_config)",
     "depth": r"^(depths?|layers|n_layers?|block_sizes|\w*blocks_per_stage|\w*num_blocks|num_block_repeats)$"
+    r"|^\w*_per_block$"
     r"|^n_attn_blocks$|^(?!.*(dense|shared|window|feat_extract|conv|postnet|prenet|nextn|mtp|global|first|last|moe|cross_att|rope|attn_l"
     r"|proj_l|extract|add_l|target|encode_|nonlin|scaling|source|only|look|subsample|per_stack))\w*(_layers|_depth)$",
     "leading": r"^(first_k_dense_replace|num_dense_layers|moe_layer_start_index|num_first_full_attention_layers)$",
@@ -39,13 +40,14 @@ ROLES = {
     r"|^(mamba_)?chunk_size$",
     "image": r"^(pretrain_)?(image|img)_size$",
     "grid": r"^(image_embedding_size|backbone_feature_sizes|memory_attention_rope_(feat|k)_sizes)$",
+    "filters": r"^num_filters$",
     "mel": r"mel_bins$",
     "queries": r"^(num_queries|num_query_tokens|\w*num_latents|n_latents|resampler_n_latents|num_denoising)$",
     "groups": r"groups$",
     "width": r"^(?!.*(vocab|image|img|patch_s|kernel|window|batch|crop|block|chunk|tile|merge|pool_|cache|group|roi"
     r"|stride|grid|max_|feature_sizes|mask_size|rope|shape|final_size|per_sample))"
     r"\w*(size|dims?|_dimension|channels?|rank|units|width|embd|inner|features|inplanes|feature_dims|d_ff|d_model"
-    r"|dff|dim_ff|sizes|ssm|channel_list|per_stage|d_state|state_size|out_channel)$|^(dim|d_model|d_ff|ffn_dim)$",
+    r"|dff|dim_ff|sizes|ssm|channel_list|per_stage|d_state|state_size|out_channel)$|^(dim|d_model|d_ff|ffn_dim|d_latents)$",
 }
 
 
@@ -110,7 +112,7 @@ class Sizes:
             return dict(list(value.items())[:5])
         if name == "rope_parameters":
             return self.rope(part, value)
-        if name in ("stage_names", "_out_features", "_out_indices", "out_indices"):
+        if hasattr(part, "stage_names") and name in ("stage_names", "_out_features", "_out_indices", "out_indices"):
             return self.stages(path, part, name, value)
         if is_layer_index(name, value):
             return self.layer_index(path, part, value)
@@ -118,6 +120,8 @@ class Sizes:
             value = type(value)(value[i] for i in self.layers(path, len(value)))
         if role in ("leading", "trailing") and isinstance(value, int) and (count := _own_depth(part)):
             return sum((i < value) if role == "leading" else (i >= count - value) for i in self.layers(path, count))
+        if role == "depth" and not isinstance(value, int):
+            role = "stages"
         if role == "keep" or role in self.recipe.kept or isinstance(value, dict):
             return value
         return _map_ints(value, lambda v: self.number(role, path, part, name, v))
@@ -127,7 +131,7 @@ class Sizes:
             return v
         match role:
             case "depth":
-                return self.depth(path, v)
+                return self.depth(path, v) if v in depths(part) else v
             case "ids":
                 return self.ids.get(v, v)
             case "vocab":
@@ -144,8 +148,8 @@ class Sizes:
                 return self.image(part, v)
             case "grid":
                 return max(1, round(v * self.image_ratio))
-            case "mel" | "frames" | "queries":
-                return min(v, {"mel": 16, "frames": 24, "queries": 8}[role])
+            case "mel" | "frames" | "queries" | "filters" | "stages":
+                return min(v, {"mel": 16, "frames": 24, "queries": 8, "filters": 4, "stages": 2}[role])
             case "groups":
                 return self.width(v) if v > 4 and v in _widths(part) else min(v, 4)
         return self.width(v)
@@ -154,8 +158,7 @@ class Sizes:
         """A multiple of UNIT in proportion, but never so narrow that a norm or a head over it says little."""
         if v <= 16 or self.scale == 1:
             return v
-        least = next(small for large, small in ((256, 32), (64, 16), (0, UNIT)) if v >= large)
-        return min(v, max(least, UNIT * round(v / self.scale / UNIT)))
+        return min(v, max(32 if v >= 256 else 16, UNIT * round(v / self.scale / UNIT)))
 
     def layers(self, path: str, count: int) -> list[int]:
         """Which of `count` layers are kept."""
@@ -200,7 +203,7 @@ class Sizes:
     def image(self, part: PreTrainedConfig, v: int) -> int:
         patch = max([1, *ints(getattr(part, "patch_size", 16))])
         merge = max([1, *ints(getattr(part, "spatial_merge_size", 1))])
-        return min(v, 64 if hasattr(part, "depths") else patch * merge * max(2, 4 // merge))
+        return min(v, 64 if hasattr(part, "depths") else patch * merge * max(2, round(64 / (patch * merge))))
 
     def rope(self, part: PreTrainedConfig, value: Any) -> Any:
         """Rope dictionaries, also nested per layer type: sections and factor lists follow the rotary width."""
@@ -305,7 +308,10 @@ def _own_depth(part: PreTrainedConfig) -> int | None:
 
 
 def depths(part: PreTrainedConfig) -> set[int]:
-    return {v for name, v in vars(part).items() if role_of(name) == "depth" and isinstance(v, int)}
+    """The counts of layers, without those that count the stages of a pyramid."""
+    counts = {name: value for name, value in vars(part).items() if role_of(name) == "depth"}
+    stages = {len(v) for v in counts.values() if isinstance(v, (list, tuple))}
+    return {v for v in counts.values() if isinstance(v, int)} - stages
 
 
 def _is_per_layer(part: PreTrainedConfig, name: str, value: Any) -> bool:

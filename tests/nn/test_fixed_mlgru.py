@@ -1,3 +1,5 @@
+import itertools
+
 import torch
 import torch.nn.functional as F
 
@@ -22,7 +24,7 @@ def test_inverse_root_converges_quadratically():
         value = mantissa.double() * torch.exp2(-(28.0 + exponent))
         errors.append((value * x.double().sqrt() - 1).abs().max().item())
     assert 0.15 < errors[0] < 0.2
-    for before, after in zip(errors, errors[1:], strict=False):
+    for before, after in itertools.pairwise(errors):
         assert after <= 1.6 * before**2 + 1e-7
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from taut.nn.norm.iter_l2_norm import IterL2Norm, cycles, iter_rsqrt
+from taut.nn.norm.iter_l2_norm import IterL2Norm, cycles, iter_rsqrt, study
 
 from .char_lm import held_out_loss, with_norms
 
@@ -45,6 +45,16 @@ def test_six_newton_steps_normalise_as_well_as_torch_does():
 def test_cycles_are_the_published_ones():
     assert (cycles(64), cycles(1024)) == (116, 227)
     assert cycles(65) - cycles(64) == pytest.approx(0.116, rel=0.01)
+
+
+def test_the_report_shows_what_steps_and_bits_buy():
+    torch.manual_seed(0)
+    x = torch.randn(200, 256)
+    few, many, narrow = study(x, 3), study(x, 6), study(x, 6, dtype=torch.bfloat16)
+    assert few.rms_error > 100 * many.rms_error
+    assert 1e-4 < narrow.guarantee_error < 2e-2
+    assert many.operations["multiply"] - few.operations["multiply"] == 3 * 4
+    assert many.cycles == round(cycles(256))
 
 
 def test_refuses_an_unknown_scheme():

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from taut.nn.norm.light_norm import LightNorm2d, RangeBatchNorm2d, expected_range
+from taut.nn.norm.light_norm import LightNorm2d, RangeBatchNorm2d, expected_range, study
 
 
 @pytest.mark.parametrize(("n", "ratio"), [(32, 0.79), (512, 0.86), (4096, 0.89), (65536, 0.91)])
@@ -53,6 +53,15 @@ def test_light_norm_is_close_and_moves_a_third_of_the_bits():
     light, exact = LightNorm2d(16), RangeBatchNorm2d(16)
     assert 0 < (light(x) - exact(x)).norm() / exact(x).norm() < 0.03
     assert light.bits_moved < 96 / 3
+
+
+def test_the_report_shows_the_noise_of_the_range():
+    torch.manual_seed(0)
+    x = torch.randn(32, 8, 16, 16)
+    exact_width, light = study(x, RangeBatchNorm2d(8)), study(x, LightNorm2d(8))
+    assert 0.001 < exact_width.guarantee_error < 0.1
+    assert exact_width.rms_error < light.rms_error < 0.1
+    assert light.operations == {"compare": 16384, "add": 24592, "multiply": 8192, "divide": 1}
 
 
 def test_refuses_more_chunks_than_pairs():

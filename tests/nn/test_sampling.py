@@ -31,16 +31,16 @@ def test_a_token_s_noise_does_not_depend_on_its_neighbours():
     assert every.unique().numel() == 500
 
 
-def problem(batch: int = 6, vocab: int = 1003, d: int = 32):
+def problem(batch: int = 6, vocab: int = 203, d: int = 32):
     torch.manual_seed(0)
     return torch.randn(batch, d), torch.randn(vocab, d) * 0.3
 
 
 @pytest.mark.parametrize("k", [None, 1, 40])
-@pytest.mark.parametrize("tile", [1, 64, 500, 1003])
+@pytest.mark.parametrize("tile", [1, 30, 64, 203])
 def test_tiling_does_not_change_the_draw(tile, k):
     h, weight = problem()
-    mask = torch.rand(6, 1003) > 0.2
+    mask = torch.rand(6, 203) > 0.2
     temperature = torch.tensor([0.0, 0.5, 1.0, 2.0, 5.0, 100.0])
     want = sample_lm_head(h, weight, temperature, mask, seed=3, k=k, tile=4096)
     got = sample_lm_head(h, weight, temperature, mask, seed=3, k=k, tile=tile)
@@ -51,9 +51,10 @@ def test_tiling_does_not_change_the_draw(tile, k):
 
 def test_same_seed_same_draw_other_seed_other_draw():
     h, weight = problem(64)
-    draws = [sample_lm_head(h, weight, seed=s).ids for s in (1, 1, 2)]
+    draws = [sample_lm_head(h, weight, seed=s, step=t).ids for s, t in ((1, 0), (1, 0), (2, 0), (1, 1))]
     assert torch.equal(draws[0], draws[1])
     assert (draws[0] != draws[2]).float().mean() > 0.5
+    assert (draws[0] != draws[3]).float().mean() > 0.5
 
 
 def test_greedy_is_argmax_and_log_z_is_logsumexp():
@@ -101,11 +102,11 @@ def draw_counts(vocab: int, draws: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_draws_follow_softmax():
-    assert chi_square_p(*draw_counts(512, 30_000)) > 0.01
+    assert chi_square_p(*draw_counts(512, 20_000)) > 0.01
 
 
 def test_the_chi_square_would_notice():
-    counts, p = draw_counts(512, 30_000)
+    counts, p = draw_counts(512, 20_000)
     assert chi_square_p(counts, (p.log() / 1.05).softmax(0)) < 1e-3
 
 
@@ -180,7 +181,7 @@ def test_merging_draws_from_two_shards():
     [
         ({"temperature": -1.0}, "negative"),
         ({"k": 0}, "at least 1"),
-        ({"mask": torch.zeros(1003, dtype=torch.bool)}, "allows no token"),
+        ({"mask": torch.zeros(203, dtype=torch.bool)}, "allows no token"),
     ],
 )
 def test_refuses_what_has_no_answer(arguments, reason):

@@ -1,8 +1,8 @@
 """The MLGRU on a fixed-point neuromorphic chip: 8-bit weights, 24-bit activations and state, no floating point.
 
-Source: Abreu, Shrestha, Zhu and Eshraghian, Neuromorphic Principles for Efficient Large Language Models on Intel Loihi 2,
-    2025, arXiv:2503.18002.
-Differs: only the widths are the paper's. The binary points are ours (state and activations 20 fraction bits, gates 23),
+Source: Abreu, Shrestha, Zhu and Eshraghian, Neuromorphic Principles for Efficient Large Language Models on Intel
+    Loihi 2, 2025, arXiv:2503.18002.
+Differs: only the widths are the paper's. The binary points (state and activations 20 fraction bits, gates 23) are ours,
     as are the rounding to nearest, and the sigmoid, rounded from its real value as from a full table.
 """
 
@@ -28,8 +28,8 @@ def saturate(x: Tensor, bits: int = BITS) -> Tensor:
 
 
 def recurrence_fixed(forget: Tensor, inputs: Tensor, state: Tensor | None = None) -> Tensor:
-    """h_t = forget_t h_{t-1} + inputs_t on integers [..., T, d]: forget with GATE_FRACTION bits behind the point, inputs
-    and state with STATE_FRACTION; every h_t rounded to nearest and saturated to 24 bits."""
+    """h_t = forget_t h_{t-1} + inputs_t on integers [..., T, d]: forget with GATE_FRACTION bits behind the point, the
+    others with STATE_FRACTION; every h_t is rounded to nearest and saturated to 24 bits."""
     state = torch.zeros_like(inputs[..., 0, :]) if state is None else state
     states = []
     for t in range(inputs.shape[-2]):

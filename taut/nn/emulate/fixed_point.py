@@ -59,7 +59,7 @@ def inverse_root(x: Tensor, steps: int = 2) -> tuple[Tensor, Tensor]:
 class Report:
     """What a unit answered against the exact function, and what it did for one row.
 
-    `guarantee_error`: the largest departure from the invariant that the unit promises (sum p - 1, sigma - 1).
+    `guarantee_error`: the largest departure from the invariant that the unit is about (sum p - 1, sigma - 1).
     `operations`: how many of each kind for one row; `cycles`: clock cycles for one row, where published.
     """
 

@@ -3,8 +3,9 @@
 Source: Choi, Kim and Kim, softmax and layer normalisation units with guaranteed normalisation for the edge, 2026,
     arXiv:2604.23647.
 Differs: the paper's widths and tables were not at hand, so these are ours: scores with 8 fraction bits, a table of 32
-    powers of two of 16 bits each, division by the sum of the *approximated* terms, and what a rounding leaves carried to
-    the next entry, so that every probability is within one unit of its quotient and the sum is exact. No claim about the silicon, bit for bit.
+    powers of two of 16 bits each, division by the sum of the *approximated* terms, and what a rounding leaves carried
+    to the next entry, so that every probability is within one unit of its quotient and the sum is exact. No claim about
+    the silicon, bit for bit.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """BitLinear: a linear layer with ternary weights and 8-bit activations, whose product is one of integers.
 
-Source: Zhu et al., Scalable MatMul-free Language Modeling, 2024, arXiv:2406.02528, eqs. 4 to 6; ported to Loihi 2 by Abreu
-    et al., Neuromorphic Principles for Efficient Large Language Models on Intel Loihi 2, 2025, arXiv:2503.18002.
+Source: Zhu et al., Scalable MatMul-free Language Modeling, 2024, arXiv:2406.02528, section 3.1; ported to a
+    chip by Abreu et al., Neuromorphic Principles for Efficient Large Language Models on Intel Loihi 2, 2025,
+    arXiv:2503.18002.
 Differs: the two scales multiply the finished integer product; the authors' code divides the codes before it.
 """
 
@@ -18,7 +19,7 @@ LARGEST_INPUT = 2**17
 
 
 def token_codes(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes, scale) with x close to codes * scale: whole numbers in [-128, 127] as floats, scale [..., 1] per token."""
+    """(codes, scale) with x close to codes * scale: whole numbers in [-128, 127] as floats, scale [..., 1]."""
     absmax = x.abs().amax(-1, keepdim=True).clamp(min=1e-5)
     return (x * (127 / absmax)).round().clamp(-128, 127), absmax / 127
 

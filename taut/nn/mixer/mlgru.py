@@ -17,7 +17,7 @@ from taut.nn.norm.rms_norm import RMSNorm
 
 
 def linear_recurrence(forget: Tensor, inputs: Tensor, state: Tensor | None = None) -> Tensor:
-    """h_t = forget_t * h_{t-1} + inputs_t for [..., T, d], one step after the other; h_0 is `state` [..., d] or zero."""
+    """h_t = forget_t * h_{t-1} + inputs_t for [..., T, d], step by step, from `state` [..., d] or zero."""
     state = torch.zeros_like(inputs[..., 0, :]) if state is None else state
     states = []
     for t in range(inputs.shape[-2]):
@@ -95,6 +95,6 @@ class MatMulFreeBlock(nn.Module):
         self.attn, self.mlp = MLGRU(d, eps), MatMulFreeGLU(d, hidden)
 
     def forward(self, x: Tensor, state: Tensor | None = None, floor: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        mixed, state = self.attn(self.attn_norm(x), state, floor)
+        mixed, last = self.attn(self.attn_norm(x), state, floor)
         x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), state
+        return x + self.mlp(self.mlp_norm(x)), last

@@ -40,9 +40,7 @@ def center_output(layer: nn.Module) -> nn.Module:
             "parameters with the axis of its output features"
         )
     if groups > 1 and len(layer.weight) == groups:
-        raise ValueError(
-            "a depthwise convolution has one output a group, and centring makes it zero; leave it as it is"
-        )
+        raise ValueError("a depthwise convolution has one output a group, which centring makes zero; leave it as it is")
     axis = -1 if isinstance(layer, nn.Embedding) else 0
     parametrize.register_parametrization(layer, "weight", CenteredOutput(axis, groups))
     if getattr(layer, "bias", None) is not None:

@@ -1,6 +1,6 @@
 """DetachNorm: layer normalisation whose mean and deviation are constants to the backward pass.
 
-Source: Xu, Sun, Zhang, Zhao and Lin, Understanding and Improving Layer Normalization, 2019, arXiv:1911.07013, theorem 1.
+Source: Xu, Sun, Zhang, Zhao and Lin, Understanding and Improving Layer Normalization, 2019, arXiv:1911.07013.
 
 The paper's theorem: let the gradient that arrives have mean g and variance D over the features, and let sigma be the
 deviation. What leaves has, with both detached, mean g / sigma and variance D / sigma^2; with the mean attached, mean 0;

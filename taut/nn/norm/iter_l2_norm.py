@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from taut.formats.minifloat import power_of_two
+from taut.nn.emulate.fixed_point import Report, report
 
 Scheme = Literal["newton", "flow", "fast_inverse"]
 MAGIC = 0x5F3759DF
@@ -60,6 +61,22 @@ def cycles(d: int) -> float:
     return 116 + (227 - 116) * (d - 64) / (1024 - 64)
 
 
+def operations(d: int, steps: int = 5, scheme: Scheme = "newton") -> dict[str, int]:
+    """Operations for a row of d features, gain and bias left out."""
+    step = {"add": 2, "multiply": 4} if scheme == "flow" else {"add": 1, "multiply": 4}
+    return {"add": 3 * d + steps * step["add"], "multiply": 2 * d + 2 + steps * step["multiply"], "shift": 1}
+
+
+def study(x: Tensor, steps: int = 5, scheme: Scheme = "newton", dtype: torch.dtype | None = None) -> Report:
+    """The unit without epsilon against layer normalisation in float64, on x [..., d]."""
+    d = x.shape[-1]
+    norm = IterL2Norm(d, 0.0, steps=steps, scheme=scheme, dtype=dtype).to(x.device)
+    got = norm.normalised(x).double()
+    a = x.double() - x.double().mean(-1, keepdim=True)
+    exact = a / a.std(-1, correction=0, keepdim=True)
+    return report(got, exact, got.std(-1, correction=0) - 1, operations(d, steps, scheme), round(cycles(d)))
+
+
 class IterL2Norm(nn.Module):
     """y = sqrt(d) (x - mean) a * weight + bias with a from `iter_rsqrt`, over the last axis, for x [..., d].
 
@@ -73,16 +90,20 @@ class IterL2Norm(nn.Module):
         self, d: int, eps: float = 1e-5, *, steps: int = 5, scheme: Scheme = "newton", dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        self.d, self.eps, self.steps, self.scheme, self.dtype = d, eps, steps, scheme, dtype
+        self.d, self.eps, self.steps, self.dtype = d, eps, steps, dtype
+        self.scheme: Scheme = scheme
         self.weight = nn.Parameter(torch.ones(d))
         self.bias = nn.Parameter(torch.zeros(d))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def normalised(self, x: Tensor) -> Tensor:
+        """y before weight and bias, in the dtype of the arithmetic."""
         a = x.to(self.dtype or x.dtype)
         a = a - a.mean(-1, keepdim=True)
         m = (a * a).sum(-1, keepdim=True) + self.d * self.eps
-        y = a * (iter_rsqrt(m, self.steps, self.scheme) * math.sqrt(self.d))
-        return torch.addcmul(self.bias, y.to(x.dtype), self.weight)
+        return a * (iter_rsqrt(m, self.steps, self.scheme) * math.sqrt(self.d))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.bias, self.normalised(x).to(x.dtype), self.weight)
 
 
 def cases(make) -> Iterator[tuple[nn.Module, tuple]]:

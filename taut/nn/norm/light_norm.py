@@ -4,8 +4,8 @@ Source: Noh et al., LightNorm: Area and Energy-Efficient Batch Normalization Har
     arXiv:2211.02686; range batch norm after Banner et al., Scalable Methods for 8-bit Training, 2018, arXiv:1805.11046.
 Differs: bit widths and group size are ours (10-bit input, 8-bit mantissas in groups of 16 channels), as no text at hand
     gives the paper's. The range is divided by its exact expectation for normal numbers, so that gain and bias mean what
-    they mean in a batch norm; 1 / sqrt(2 ln n) differs from it by a nearly constant factor only. Gradients pass straight
-    through the roundings and are not rounded themselves.
+    they mean in a batch norm; 1 / sqrt(2 ln n) differs from it by a nearly constant factor only. Gradients pass
+    straight through the roundings and are not rounded themselves.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from taut.formats.block_floating_point import bfp_quantize
 from taut.formats.minifloat import Minifloat
+from taut.nn.emulate.fixed_point import Report, report
 from taut.nn.norm._precision import wide
 
 FP10 = Minifloat("E5M4", 5, 4, 63488.0)
@@ -29,6 +30,12 @@ def expected_range(n: int, device: torch.device | None = None) -> Tensor:
     return torch.trapezoid(1 - below**n - above**n, points)
 
 
+def operations(n: int, chunks: int = 16) -> dict[str, int]:
+    """Operations of a training forward for one channel of n values: no squares and no root, of which a batch norm
+    takes n and one."""
+    return {"compare": 2 * n, "add": 3 * n + chunks, "multiply": n, "divide": 1}
+
+
 class RangeBatchNorm2d(nn.Module):
     """y = (x - mean) / s * weight + bias for x [N, C, H, W], with s a multiple of the channel's range.
 
@@ -36,6 +43,9 @@ class RangeBatchNorm2d(nn.Module):
     (4.6 % at 65536 values, 17 % at 32) and follows a single outlier. What does not fill a chunk is left out of s.
     `running_scale` estimates the standard deviation, as the root of a batch norm's `running_var` does.
     """
+
+    running_mean: Tensor
+    running_scale: Tensor
 
     def __init__(self, features: int, eps: float = 1e-5, momentum: float = 0.1, *, chunks: int = 16) -> None:
         super().__init__()
@@ -99,6 +109,15 @@ class LightNorm2d(RangeBatchNorm2d):
         y = super().forward(rounded)
         blocks = bfp_quantize(y.movedim(1, -1), self.group, self.mantissa_bits).movedim(-1, 1)
         return (y + (blocks - y).detach()).to(x.dtype)
+
+
+def study(x: Tensor, norm: RangeBatchNorm2d) -> Report:
+    """A training forward of `norm`, gain one and bias zero, against a batch norm in float64, on x [N, C, H, W]."""
+    a = x.double()
+    exact = (a - a.mean((0, 2, 3), keepdim=True)) / a.std((0, 2, 3), correction=0, keepdim=True)
+    got = norm(x).detach().double()
+    sigma = got.std((0, 2, 3), correction=0)
+    return report(got, exact, sigma - 1, operations(x.numel() // x.shape[1], norm.chunks))
 
 
 def cases(make) -> Iterator[tuple[nn.Module, tuple]]:

@@ -21,8 +21,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from taut.formats import microscaling
-from taut.formats.microscaling import MX, MXFP8, Blocks, in_blocks
+from taut.formats.microscaling import MXFP4, MXFP6, MXFP8, BlockFormat, Blocks, in_blocks
+from taut.formats.nvfp4 import NVFP4
 from taut.nn.norm._precision import wide
 
 
@@ -43,9 +43,9 @@ class _QuantizedNorm(torch.autograd.Function):
     """Forward: x * rho, quantized. Backward: straight through the quantizer, with RMSNorm's gradient at rho."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, rho: Tensor, form: MX) -> Tensor:
+    def forward(ctx, x: Tensor, rho: Tensor, form: BlockFormat) -> Tensor:
         ctx.save_for_backward(x, rho)
-        return microscaling.dequantize(microscaling.quantize(x * rho, form), form, x.dtype)
+        return form.dequantize(form.quantize(x * rho), x.dtype)
 
     @staticmethod
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor, None, None]:
@@ -64,6 +64,7 @@ class MXNorm(nn.Module):
     """
 
     exact_gradient = False
+    c: Tensor
 
     def __init__(
         self,
@@ -71,7 +72,7 @@ class MXNorm(nn.Module):
         eps: float = 1e-6,
         *,
         p: float = 2,
-        form: MX = MXFP8,
+        form: BlockFormat = MXFP8,
         estimate: Literal["blocks", "exact"] = "blocks",
     ) -> None:
         super().__init__()
@@ -92,7 +93,7 @@ class MXNorm(nn.Module):
 
     def quantized(self, x: Tensor) -> Blocks:
         """Scales uint8 [..., d / block] and codes uint8 [..., d] of the normalised x."""
-        return microscaling.quantize(wide(x) / self.rms(x), self.form)
+        return self.form.quantize(wide(x) / self.rms(x))
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Tensor]) -> float:
@@ -108,10 +109,11 @@ class MXNorm(nn.Module):
         return self.c.item()
 
     def extra_repr(self) -> str:
-        return f"{self.d}, eps={self.eps}, p={self.p}, {self.form.element.name} x {self.form.block}, {self.estimate}"
+        return f"{self.d}, eps={self.eps}, p={self.p}, {self.form}, {self.estimate}"
 
 
 def cases(make) -> Iterator[tuple[nn.Module, tuple]]:
     yield MXNorm(64), (make(2, 3, 64),)
-    yield MXNorm(64, p=1, form=microscaling.MXFP4), (make(5, 64),)
-    yield MXNorm(64, estimate="exact", form=microscaling.MXFP6), (make(2, 3, 64),)
+    yield MXNorm(64, p=1, form=MXFP4), (make(5, 64),)
+    yield MXNorm(64, form=NVFP4()), (make(2, 3, 64),)
+    yield MXNorm(64, estimate="exact", form=MXFP6), (make(2, 3, 64),)

@@ -114,7 +114,7 @@ def unseen(mask, count, mask_tag):
     marks = array(mask, count, mask_tag)
     seen = 0
     for j in range(count):
-        seen |= marks[j]
+        seen += marks[j] != 0
     return seen == 0
 
 
