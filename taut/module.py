@@ -22,11 +22,12 @@ RECORD = "taut_plan"
 class GraphModule(nn.Module):
     """A rewritten graph as a module: keyword tensors in, a dictionary of the promised outputs out."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, tensors: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
         self.graph = graph
+        tensors = tensors or {name: graph.evaluate(name, None).clone() for name in graph.values}
         self.weights = nn.ParameterDict(
-            {key(name): nn.Parameter(graph.evaluate(name, None).clone(), requires_grad=False) for name in graph.values}
+            {key(name): nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
         )
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
@@ -51,7 +52,9 @@ def apply_module(
     outputs: str,
 ) -> nn.Module:
     """A rewritten copy of a model; the one passed in stays as it is."""
-    raw = trace(model, _inputs(model, example), outputs=plan.outputs if plan else outputs)
+    form = plan.form if plan else form
+    kept = plan.outputs if plan else outputs
+    raw = trace(model, _inputs(model, example), outputs=kept, symbolic=form == "taut")
     lifted = lift(raw)
     if plan is None:
         plan, graph = plan_and_apply(lifted, form, only, outputs)

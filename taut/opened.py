@@ -59,10 +59,10 @@ class Opened:
         graph.unwritable = lambda name, axes: self.refused.get(name) or self.located.unwritable(name, axes)
         return graph
 
-    def full_graph(self, outputs: str, dtype: torch.dtype | None = None) -> Graph:
+    def full_graph(self, outputs: str, dtype: torch.dtype | None = None, symbolic: bool = False) -> Graph:
         """The graph that can be run: parameters are read from disk when they are needed, and not kept."""
         model = cast_weights(build_on_meta(self.model_class, self.config).eval(), dtype or self.dtype)
-        graph = self._trace(model, outputs)
+        graph = self._trace(model, outputs, symbolic)
         tensors = dict(graph.tensors)
         for name, buffer in self._buffers().items():
             tensors[name] = buffer
@@ -95,9 +95,9 @@ class Opened:
         stored = {name: self.located.read(name) for name in buffers if self.located.get(name)}
         return buffers | stored
 
-    def _trace(self, model: nn.Module, outputs: str) -> Graph:
+    def _trace(self, model: nn.Module, outputs: str, symbolic: bool = False) -> Graph:
         try:
-            return trace(model, example_inputs(model), outputs=outputs)
+            return trace(model, example_inputs(model), outputs=outputs, symbolic=symbolic)
         except CannotTrace as error:
             cause = f"{self.model_class.__name__} cannot be exported: {error}"
             raise BadInput(cause, "report the class and this message; nothing was changed") from error

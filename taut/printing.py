@@ -7,6 +7,7 @@ then the module path where it changes. Repeated layers that are alike are printe
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,15 +17,16 @@ import torch
 from torch import Tensor, fx
 
 from taut.facts.contraction import name_of
-from taut.facts.moves import MOVES, RESHAPES, is_move
+from taut.facts.moves import MOVES, is_move
 from taut.graph import Graph, is_getitem, shape
-from taut.lift._match import is_cast, is_constant
+from taut.lift._match import is_constant
+from taut.op import Op
 
 aten = torch.ops.aten
 Columns = Mapping[str, Mapping[fx.Node, str]]
 """What to say about nodes, under the heading of each column."""
 
-SELECTS = {
+SELECTS: dict[Any, str] = {
     aten.slice.Tensor: "slice",
     aten.select.int: "select",
     aten.index.Tensor: "index",
@@ -37,6 +39,10 @@ SELECTS = {
 }
 SHORT = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "complex": "c", "bool": "bool"}
 END = 2**62
+MARK = "\0"
+"""Stands around the names of other nodes until a line is done."""
+
+HIDDEN = ("pin_memory", "device", "layout", "memory_format")
 LAYER = re.compile(r"^(.*?)\.(\d+)(?:\.|$)")
 
 
@@ -45,7 +51,7 @@ def text(graph: Graph, facts: Columns | None = None) -> str:
     facts = facts or {}
     printer = _Printer(graph)
     lines = [printer.line(node, facts) for node in graph.nodes if printer.is_shown(node)]
-    widest = min(96, max((len(line.call) for line in lines), default=0))
+    widest = min(120, max((len(line.call) for line in lines), default=0))
     widths = {name: max([len(name), *map(len, said.values())]) for name, said in facts.items()}
     head = " " * (widest + 2) + "  ".join(name.ljust(widths[name]) for name in facts)
     body, where = [head.rstrip()] if facts else [], ""
@@ -54,7 +60,7 @@ def text(graph: Graph, facts: Columns | None = None) -> str:
             body.append(item)
             continue
         said = "".join("  " + one.ljust(width) for one, width in zip(item.facts, widths.values(), strict=True))
-        path = item.where if item.where != where else ""
+        path = (item.where or ".") if item.where != where else ""
         body.append(f"{item.call:<{widest}}{said}  {item.shape:<20}  {path}".rstrip())
         where = item.where
     return "\n".join(body)
@@ -67,8 +73,10 @@ def columns(graph: Graph) -> Columns:
     printer = _Printer(graph)
     zero = zero_mean(graph)
     return {
-        "mean": {node: "zero" for node in graph.nodes if node in zero and zero[node] == len(shape(node)) - 1},
-        "readers": {node: str(printer.readers(node)) for node in graph.nodes if printer.is_shown(node)},
+        "mean": {node: "zero" for node, axis in zero.items() if axis == len(shape(node)) - 1},
+        "readers": {
+            node: str(printer.readers(node)) for node in graph.nodes if node.op != "output" and printer.is_shown(node)
+        },
     }
 
 
@@ -116,12 +124,14 @@ class _Printer:
         sources: list[str] = []
         where = self.where(node)
         if node.op == "output":
-            named = zip(self.graph.outputs, node.args[0], strict=True)
+            results: Any = node.args[0]
+            named = zip(self.graph.outputs, results, strict=True)
             returned = ", ".join(f"{name}={self.show(value, sources)}" for name, value in named)
             call = f"return {returned}"
         else:
             call = self.called(node, sources)
-        signature = (_neutral(call, sources, where), _type_of(node))
+        signature = (_neutral(call, sources), LAYER.sub(r"\1.*.", where + "."), _type_of(node))
+        call = call.replace(MARK, "")
         call = call if node.op == "output" else f"{node.name} = {call}"
         said = tuple(column.get(node, "") for column in facts.values())
         return _Line(node.name, call, _type_of(node), where, said, (*signature, said), tuple(sources))
@@ -134,9 +144,10 @@ class _Printer:
         return where.rpartition(".")[0] if owned else where
 
     def called(self, node: fx.Node, sources: list[str]) -> str:
-        args = [self.show(arg, sources) for arg in _plain(node.args)]
-        args += [f"{k}={self.show(v, sources)}" for k, v in node.kwargs.items() if k not in ("pin_memory", "device", "layout")]
-        return f"{name_of(node).split(' in ')[0]}({', '.join(args)})"
+        args, options = _split(node)
+        shown = [self.show(arg, sources) for arg in args]
+        shown += [f"{name}={self.show(value, sources)}" for name, value in options.items()]
+        return f"{name_of(node).split(' in ')[0]}({', '.join(shown)})"
 
     def show(self, value: Any, sources: list[str]) -> str:
         if isinstance(value, list | tuple):
@@ -150,7 +161,7 @@ class _Printer:
         if self.is_inlined(value):
             return self.called(value, sources)
         sources.append(value.name)
-        return value.name
+        return f"{MARK}{value.name}{MARK}"
 
     def placeholder(self, node: fx.Node, sources: list[str]) -> str:
         name = node.meta["tensor"]
@@ -177,12 +188,18 @@ def _bounds(step: fx.Node) -> list[Any]:
     return ["end" if isinstance(arg, int) and arg > END else arg for arg in step.args[1:]]
 
 
-def _plain(args: tuple) -> list[Any]:
-    """Arguments without the Nones at their end."""
-    kept = list(args)
-    while kept and kept[-1] is None:
-        kept.pop()
-    return kept
+def _split(node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments, and those with a name to print: of an op what is no node, and no default."""
+    options = {name: value for name, value in node.kwargs.items() if name not in HIDDEN}
+    if not isinstance(node.target, Op):
+        return list(node.args), options
+    default = {one.name: one.default for one in inspect.signature(node.target.reference).parameters.values()}
+    given = dict(zip(default, node.args, strict=False)) | options
+    told = {name: value for name, value in given.items() if isinstance(value, fx.Node) or value != default[name]}
+    in_order = [
+        name for name, first in zip(told, default, strict=False) if name == first and isinstance(told[name], fx.Node)
+    ]
+    return [told[name] for name in in_order], {name: told[name] for name in told if name not in in_order}
 
 
 def _sizes(size: tuple[int, ...]) -> str:
@@ -199,11 +216,11 @@ def _type_of(node: fx.Node) -> str:
     return f"{kind}[{_sizes(tuple(value.shape))}]"
 
 
-def _neutral(call: str, sources: list[str], where: str) -> tuple[str, str]:
-    """A call with the names of its sources numbered, and its place with the layer's number left out."""
-    names = {name: f"#{i}" for i, name in enumerate(dict.fromkeys(sources))}
-    anonymous = re.sub(r"[A-Za-z_]\w*", lambda m: names.get(m[0], m[0]), call)
-    return anonymous, LAYER.sub(r"\1.*.", where + ".")
+def _neutral(call: str, sources: list[str]) -> str:
+    """A call with its sources numbered instead of named."""
+    for i, name in enumerate(dict.fromkeys(sources)):
+        call = call.replace(f"{MARK}{name}{MARK}", f"{MARK}{i}{MARK}")
+    return call
 
 
 def _folded(lines: list[_Line]) -> list[_Line | str]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,9 +65,9 @@ def effective_dims(model: nn.Module, batches: Iterable[Any]) -> list[EffectiveDi
 
     Raises ValueError where a layer saw fewer tokens than inputs: its rank would be that of the sample.
     """
-    watch = _Watch()
+    layers: dict[str, _Layer] = {}
     matrices = {name: module for name, module in model.named_modules() if _has_matrix(module)}
-    handles = [module.register_forward_hook(watch.hook(name)) for name, module in matrices.items()]
+    handles = [m.register_forward_hook(partial(_record, layers, name)) for name, m in matrices.items()]
     try:
         with torch.no_grad():
             for batch in batches:
@@ -74,7 +75,7 @@ def effective_dims(model: nn.Module, batches: Iterable[Any]) -> list[EffectiveDi
     finally:
         for handle in handles:
             handle.remove()
-    return [layer.finish(name) for name, layer in watch.layers.items()]
+    return [layer.finish(name) for name, layer in layers.items()]
 
 
 def _has_matrix(module: nn.Module) -> bool:
@@ -82,12 +83,14 @@ def _has_matrix(module: nn.Module) -> bool:
     return isinstance(weight, Tensor) and weight.dim() == 2
 
 
+@dataclass
 class _Layer:
     """What one layer has read so far."""
 
-    def __init__(self, x: Tensor, outputs: int, *, bias: bool) -> None:
-        self.moment, self.tokens, self.dtype = second_moment(x, bias=bias), x.flatten(0, -2).shape[0], x.dtype
-        self.outputs = outputs
+    moment: Tensor
+    tokens: int
+    outputs: int
+    dtype: torch.dtype
 
     def finish(self, name: str) -> EffectiveDims:
         inputs = len(self.moment)
@@ -96,18 +99,12 @@ class _Layer:
         return EffectiveDims(name, inputs, self.outputs, moment_rank(self.moment, self.dtype))
 
 
-class _Watch:
-    def __init__(self) -> None:
-        self.layers: dict[str, _Layer] = {}
-
-    def hook(self, name: str):
-        def record(module: nn.Module, args: tuple, output: Any) -> None:
-            if not (args and isinstance(args[0], Tensor) and args[0].is_floating_point()):
-                return
-            seen = _Layer(args[0], output.shape[-1], bias=getattr(module, "bias", None) is not None)
-            before = self.layers.setdefault(name, seen)
-            if before is not seen:
-                before.moment += seen.moment
-                before.tokens += seen.tokens
-
-        return record
+def _record(layers: dict[str, _Layer], name: str, module: nn.Module, args: tuple, output: Any) -> None:
+    """Forward hook: add what the layer read; an embedding, which reads whole numbers, is none."""
+    if not (args and isinstance(args[0], Tensor) and args[0].is_floating_point()):
+        return
+    x = args[0]
+    moment = second_moment(x, bias=getattr(module, "bias", None) is not None)
+    layer = layers.setdefault(name, _Layer(torch.zeros_like(moment), 0, output.shape[-1], x.dtype))
+    layer.moment += moment
+    layer.tokens += x.flatten(0, -2).shape[0]

@@ -35,23 +35,30 @@ class CannotTrace(Exception):
     """The model's forward cannot be exported; the message says which operation and where."""
 
 
-def trace(model: nn.Module, inputs: Mapping[str, Tensor], *, outputs: str = "all") -> Graph:
+def trace(model: nn.Module, inputs: Mapping[str, Tensor], *, outputs: str = "all", symbolic: bool = False) -> Graph:
     """Export a model in eval mode to a Graph, on the device its tensors are on (meta will do for everything static).
 
     `inputs` are keyword tensors. `outputs="all"` promises every output of the model's class and the hidden state that
-    its base model returns; `"logits"` promises the first output alone. Raises CannotTrace with the reason.
+    its base model returns; `"logits"` promises the first output alone. A `symbolic` trace runs at any batch and
+    length that the model allows. Raises CannotTrace with the reason.
     """
     names: list[str] = []
     wrapper = _Promised(model, outputs, names.append)
     with _traceable(model), torch.no_grad(), warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")
         try:
-            exported = torch.export.export(wrapper, (), dict(inputs), strict=False)
+            shapes = ({name: _any_shape(tensor) for name, tensor in inputs.items()},) if symbolic else None
+            exported = torch.export.export(wrapper, (dict(inputs),), strict=False, dynamic_shapes=shapes)
             if _hides_something(exported.graph):
                 exported = exported.run_decompositions({})
         except Exception as error:
             raise CannotTrace(_reason(error)) from error
-    return _graph(exported, model, tuple(dict.fromkeys(names)))
+    return _graph(exported, model, tuple(inputs), tuple(dict.fromkeys(names)))
+
+
+def _any_shape(tensor: Tensor) -> dict[int, Any]:
+    """Export finds out which of the first two axes, batch and length, may vary."""
+    return {axis: torch.export.Dim.AUTO for axis in range(min(2, tensor.ndim))}
 
 
 class _Promised(nn.Module):
@@ -61,7 +68,7 @@ class _Promised(nn.Module):
         super().__init__()
         self.model, self.outputs, self.tell = model, outputs, tell
 
-    def forward(self, **inputs: Tensor) -> list[Tensor]:
+    def forward(self, inputs: dict[str, Tensor]) -> list[Tensor]:
         seen: dict[str, Tensor] = {}
         base = getattr(self.model, "base_model", self.model)
         hook = base.register_forward_hook(lambda _m, _a, out: seen.update(_hidden(out)))
@@ -166,15 +173,18 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0][:300]}"
 
 
-def _graph(exported: torch.export.ExportedProgram, model: nn.Module, names: tuple[str, ...]) -> Graph:
+def _graph(
+    exported: torch.export.ExportedProgram, model: nn.Module, inputs: tuple[str, ...], names: tuple[str, ...]
+) -> Graph:
     signature, graph = exported.graph_signature, exported.graph
     tensors = dict(model.state_dict(keep_vars=True)) | dict(model.named_parameters(remove_duplicate=False))
     tensors |= dict(model.named_buffers(remove_duplicate=False))
     ties = _ties(model)
     values: dict[str, Any] = {}
+    input_names = dict(zip(signature.user_inputs, inputs, strict=True))
     for node in list(graph.nodes):
         if node.op == "placeholder":
-            _name_placeholder(node, exported, ties, tensors, values)
+            _name_placeholder(node, exported, ties, tensors, values, input_names)
         elif node.op == "call_function":
             if node.target in ASSERTIONS:
                 graph.erase_node(node)
@@ -200,7 +210,7 @@ def _ties(model: nn.Module) -> dict[str, str]:
     return ties
 
 
-def _name_placeholder(node: fx.Node, exported, ties, tensors, values) -> None:
+def _name_placeholder(node: fx.Node, exported, ties, tensors, values, input_names) -> None:
     signature = exported.graph_signature
     if node.name in signature.inputs_to_parameters:
         name = signature.inputs_to_parameters[node.name].removeprefix("model.")
@@ -212,7 +222,7 @@ def _name_placeholder(node: fx.Node, exported, ties, tensors, values) -> None:
         kind, name = "buffer", signature.inputs_to_lifted_tensor_constants[node.name]
         tensors[name] = exported.constants[name]
     else:
-        kind, name = "input", node.name
+        kind, name = "input", input_names[node.name]
     node.meta = {"kind": kind, "tensor": name, "val": _meta(node.meta.get("val")), "where": "", "line": ""}
 
 

@@ -22,7 +22,7 @@ Shape = tuple[int, ...]
 Shorten = Callable[[Shape], Shape]
 Convert = Callable[[dict[str, Tensor], Shorten], dict[str, Tensor]]
 """A conversion: checkpoint tensors in, parameters out; a parameter's shape that it asks for must be shortened too."""
-MOST_ELEMENTS = 1 << 20
+QUICK, POSSIBLE = 1 << 20, 1 << 24
 SHORTEST = 8
 
 
@@ -85,15 +85,16 @@ def _common_lengths(shapes: Sequence[Shape]) -> Shape:
     return tuple(sizes[0] if len(set(sizes)) == 1 else 0 for sizes in zip(*shapes, strict=True))
 
 
-def _cuts(lengths: Shape, shapes: Sequence[Shape]) -> Iterator[Shape]:
+def _cuts(lengths: Shape, shapes: Sequence[Shape]) -> list[Shape]:
     """For each axis a short length to stand in for the real one, or 0 to leave it; the least cut first.
 
-    Only what is small enough to be probed is given.
+    Those that are probed quickly are given; where there are none, the smallest that can be probed at all.
     """
     choices = itertools.product(*[dict.fromkeys((0, _short(length) if length else 0)) for length in lengths])
-    for cut in sorted(choices, key=lambda cut: -cut.count(0)):
-        if sum(math.prod(_apply(cut, shape)) for shape in shapes) <= MOST_ELEMENTS:
-            yield cut
+    sizes = {cut: sum(math.prod(_apply(cut, shape)) for shape in shapes) for cut in choices}
+    quick = [cut for cut, size in sizes.items() if size <= QUICK]
+    smallest = [cut for cut, size in sizes.items() if size == min(sizes.values()) and size <= POSSIBLE]
+    return sorted(quick, key=lambda cut: -cut.count(0)) or smallest[:1]
 
 
 def _short(full: int, second: bool = False) -> int:
@@ -150,7 +151,7 @@ def _boxes(
     bounds = np.searchsorted(flat[order], starts)
     for i, name in enumerate(shapes):
         mine = order[bounds[i] : bounds[i + 1]]
-        if not mine.size:
+        if not mine.size or np.any(flat[mine[1:]] == flat[mine[:-1]]):
             continue
         where = np.unravel_index(mine, numbers.shape)
         box = tuple(slice(int(c.min()), int(c.max()) + 1) for c in where)
@@ -159,7 +160,7 @@ def _boxes(
 
 def _piece(name: str, shape: Shape, full: Shape, box: tuple[slice, ...], numbers: np.ndarray) -> Piece | None:
     """The piece in full size, where a box of the parameter is a box of the tensor; None where it is not."""
-    if numbers.min() < 0 or numbers.max() >= math.prod(shape) or np.unique(numbers).size != numbers.size:
+    if numbers.min() < 0 or numbers.max() >= math.prod(shape):
         return None
     coordinates = np.unravel_index(numbers, shape)
     part = tuple(slice(int(c.min()), int(c.max()) + 1) for c in coordinates)

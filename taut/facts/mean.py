@@ -31,7 +31,7 @@ from taut.ops.rms_norm import rms_norm
 from taut.values import Affine, Centred, Filled, Scaled, Shifted, Value
 
 aten = torch.ops.aten
-Source = tuple[fx.Node, int]
+Source = tuple[Any, int]
 """A node and one of its axes."""
 
 SUMS = (aten.add.Tensor, aten.sub.Tensor)
@@ -104,7 +104,8 @@ class Means:
 
     def _norm_keeps(self, node: fx.Node) -> bool:
         """No gain per feature, and nothing added that has a mean; RMSNorm moreover makes no zero mean of its own."""
-        x, gain, *rest = node.args
+        args: Any = node.args
+        x, gain, *rest = args
         if is_call(node, rms_norm) and not self.is_zero(x, len(shape(node)) - 1):
             return False
         bias = rest[0] if is_call(node, layer_norm) else None
@@ -112,7 +113,7 @@ class Means:
         return plain and (gain is None or constant_gain(self.graph, gain) is not None)
 
     def flow(self, node: fx.Node, axis: int) -> list[Source] | None:
-        """The sources that centre a node along an axis when they are centred along theirs; None where there are none."""
+        """The sources that centre a node along an axis if they are centred along theirs; None where there are none."""
         if (node, axis) not in self.flows:
             self.flows[node, axis] = self._flow(node, axis)
         return self.flows[node, axis]
@@ -120,27 +121,28 @@ class Means:
     def _flow(self, node: fx.Node, axis: int) -> list[Source] | None:
         if node.op != "call_function" or not shape(node):
             return None
+        args: Any = node.args
         last = len(shape(node)) - 1
         product = contraction(node, self.known)
         if product is not None:
             fits = axis == product.out_axis and not product.depthwise and not (node.target is linear and node.args[3:])
             written = [(product.weight, product.keep)] + ([(product.bias, 0)] if product.bias is not None else [])
             return written if fits else None
-        if is_call(node, aten.embedding.default):
-            return [(node.args[0], 1)] if axis == last else None
-        if is_call(node, embedding):
-            return [(node.args[1], 1)] if axis == last else None
+        if is_call(node, aten.embedding.default, embedding):
+            return [(args[0] if node.target is not embedding else args[1], 1)] if axis == last else None
         if is_call(node, *ATTENTIONS):
-            return [(node.args[2], last)] if axis == last else None
+            return [(args[2], last)] if axis == last else None
         if is_call(node, *TOKEN_PRODUCTS):
-            return [(node.args[1], len(shape(node.args[1])) - 1)] if axis == last and len(shape(node.args[1])) > 1 else None
+            right = len(shape(args[1])) - 1
+            return [(args[1], right)] if axis == last and right > 0 else None
         if is_move(node):
             return _moved(node, axis)
         return _elementwise(node, axis) or _joined(node, axis)
 
     def stream(self, norm: fx.Node) -> Stream:
         """Everything that writes or reads the mean of a norm's input, with whatever hangs together with it."""
-        found, todo = Stream(), [(norm.args[0], len(shape(norm.args[0])) - 1)]
+        found = Stream()
+        todo: list[Source] = [(norm.args[0], len(shape(norm)) - 1)]
         while todo:
             node, axis = todo.pop()
             if self.is_zero(node, axis) or found.nodes.get(node) == axis:
@@ -165,16 +167,18 @@ class Means:
     def _below(self, node: fx.Node, axis: int, found: Stream) -> list[Source]:
         reached: list[Source] = []
         for user in _users(node):
-            if is_call(user, layer_norm) and user.args[0] is node and axis == len(shape(node)) - 1:
-                if _occurrences(user, node) == 1:
-                    found.norms.append(user)
-                    continue
+            if is_call(user, layer_norm) and axis == len(shape(node)) - 1 and self._is_only_input(user, node):
+                found.norms.append(user)
+                continue
             through = [b for b in range(len(shape(user))) if self._carries(user, b, node, axis)]
             if through:
                 reached.append((user, through[0]))
             elif not is_call(user, *SHAPE_ONLY):
                 found.refused = found.refused or self._also_read(node, user)
         return reached
+
+    def _is_only_input(self, user: fx.Node, node: fx.Node) -> bool:
+        return user.args[0] is node and _occurrences(user, node) == 1
 
     def _carries(self, user: fx.Node, to: int, node: fx.Node, axis: int) -> bool:
         """Whether a user is centred along `to` by centring the node, which it reads in no other way."""
@@ -220,7 +224,9 @@ def constant_gain(graph: Graph, node: Any) -> float | None:
 
 def _inputs(node: fx.Node) -> list[fx.Node]:
     """What a node reads; of one of several results of a movement, what the movement reads."""
-    return [source for read in node.all_input_nodes for source in (read.all_input_nodes if is_getitem(node) else [read])]
+    return [
+        source for read in node.all_input_nodes for source in (read.all_input_nodes if is_getitem(node) else [read])
+    ]
 
 
 def _users(node: fx.Node) -> Iterator[fx.Node]:
@@ -240,7 +246,8 @@ def _occurrences(user: fx.Node, node: fx.Node) -> int:
 
 def _before(node: fx.Node) -> fx.Node:
     """The movement whose result a node takes; else the node."""
-    return node.args[0] if is_getitem(node) else node
+    source: Any = node.args[0] if is_getitem(node) else node
+    return source
 
 
 def _said(node: fx.Node) -> str:

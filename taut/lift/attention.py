@@ -1,8 +1,9 @@
-"""Attention: torch's fused call, and the eager spelling with scale, softcap, masks and sinks; repeated heads taken in."""
+"""Attention: torch's fused call, and the eager spelling with scale, softcap, masks and sinks; repeated heads go in."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace as with_
+from dataclasses import dataclass
+from dataclasses import replace as with_
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ HIDDEN = -1e30
 class Scores:
     """softcap(q k^T scale) + the sum of `added`, with numbers put in where a mask holds: (mask, number)."""
 
-    q: fx.Node
-    k: fx.Node
+    q: Any
+    k: Any
     scale: float = 1.0
     softcap: float | None = None
     added: tuple[fx.Node | tuple[fx.Node, float], ...] = ()
@@ -53,25 +54,31 @@ def _fused(graph: Graph, node: fx.Node) -> None:
 
 
 def _eager(graph: Graph, node: fx.Node) -> None:
-    scores = _scores(node.args[0]) if _is_last(node.args[1], node) else None
-    weights = node
-    if scores is not None and scores.sinks is not None:
-        weights = _without_sink(node)
-    product = _product_with_values(weights) if scores is not None and weights is not None else None
+    axis: Any = node.args[1]
+    scores = _scores(node.args[0]) if _is_last(axis, node) else None
+    if scores is None:
+        return
+    weights = node if scores.sinks is None else _without_sink(node)
+    product: Any = None if weights is None else _product_with_values(weights)
     if product is None or not _shapes_fit(scores.q, scores.k, product.args[1], False):
         return
     mask = _mask(graph, scores, product)
     _put(graph, product, scores.q, scores.k, product.args[1], mask, scores.scale, False, scores.softcap, scores.sinks)
 
 
-def _put(graph: Graph, node: fx.Node, q, k, v, mask, scale, causal, softcap=None, sinks=None) -> None:
-    short = [_before_repeat(part, shape(q)[1]) for part in (k, v)]
-    if all(short) and shape(short[0])[1] == shape(short[1])[1]:
+def _put(graph: Graph, node: Any, q, k, v, mask, scale, causal, softcap=None, sinks=None) -> None:
+    short = [part for part in (_before_repeat(whole, shape(q)[1]) for whole in (k, v)) if part is not None]
+    if len({shape(part)[1] for part in short}) == 1 and len(short) == 2:
         k, v = short
     options = (softcap, None, sinks)
     while options and options[-1] is None:
         options = options[:-1]
     replace(graph, node, attention, (q, k, v, mask, scale, causal, *options))
+    _erase(graph, node)
+
+
+def _erase(graph: Graph, node: Any) -> None:
+    """Remove what nobody reads any more; a dropout would stay behind for being random."""
     while isinstance(node, fx.Node) and node.op == "call_function" and not node.users:
         dead, node = node, node.args[0]
         graph.fx.erase_node(dead)
@@ -89,7 +96,7 @@ def _shapes_fit(q: fx.Node, k: fx.Node, v: fx.Node, grouped: bool) -> bool:
 def _before_repeat(node: fx.Node, heads: int) -> fx.Node | None:
     """The keys or values before each head was repeated for its group of queries."""
     chain: list[fx.Node] = []
-    source = node
+    source: Any = node
     while is_move(source) and not is_getitem(source):
         chain.append(source)
         source = source.args[0]
@@ -131,7 +138,7 @@ def _scores(node: Any) -> Scores | None:
     return None
 
 
-def _product_of_q_and_k(node: fx.Node) -> Scores | None:
+def _product_of_q_and_k(node: Any) -> Scores | None:
     q, turned = node.args
     turned = through_casts(turned)
     if len(shape(q)) != 4 or not is_move(turned):
@@ -143,7 +150,7 @@ def _product_of_q_and_k(node: fx.Node) -> Scores | None:
     return None
 
 
-def _scaled(node: fx.Node) -> Scores | None:
+def _scaled(node: Any) -> Scores | None:
     """A product with a number: the scale, or the end of a softcap."""
     number = float(node.args[1])
     factor = number if node.target is aten.mul.Tensor else 1.0 / number
@@ -167,9 +174,9 @@ def _is_maximum(node: Any, of: fx.Node) -> bool:
     return is_call(node, aten.amax.default) and node.args[0] is of and node.args[1:] == ([-1], True)
 
 
-def _with_sink(node: fx.Node) -> Scores | None:
+def _with_sink(node: Any) -> Scores | None:
     """One more score a head, the same for every query."""
-    parts: Any = node.args[0]
+    parts = node.args[0]
     if len(parts) != 2 or not _is_last((*node.args, 0)[1], node) or shape(parts[1])[-1] != 1:
         return None
     inner, source, chain = _scores(parts[0]), parts[1], []
@@ -189,7 +196,7 @@ def _with_sink(node: fx.Node) -> Scores | None:
 
 def _without_sink(node: fx.Node) -> fx.Node | None:
     """The weights with the sink's cut off."""
-    users = list(after_casts(node).users)
+    users: list[Any] = list(after_casts(node).users)
     if len(users) == 1 and is_call(users[0], aten.slice.Tensor) and shape(users[0])[-1] == shape(node)[-1] - 1:
         return users[0] if users[0].args[2] == 0 and (*users[0].args, 1)[4] == 1 else None
     return None

@@ -40,7 +40,8 @@ def lift(graph: Graph) -> None:
     for node in list(graph.nodes):
         if not is_call(node, aten.mul.Tensor) or not all(isinstance(arg, fx.Node) for arg in node.args):
             continue
-        for active, up in (node.args, node.args[::-1]):
+        args: Any = node.args
+        for active, up in (args, args[::-1]):
             found = _activation(active, tried)
             if found is not None and _is_gate(node, found[1], up):
                 replace(graph, node, glu, (found[1], up, found[0]))
@@ -86,7 +87,7 @@ def _named(node: fx.Node, x: fx.Node) -> tuple[str, fx.Node] | None:
     return None
 
 
-def _at(node: fx.Node, x: fx.Node, points: Tensor, done: dict[fx.Node, Tensor]) -> Tensor:
+def _at(node: Any, x: fx.Node, points: Tensor, done: dict[fx.Node, Tensor]) -> Tensor:
     if node is x:
         return points
     if node not in done:

@@ -22,12 +22,12 @@ JOINS = (aten.cat.default, aten.stack.default)
 
 
 class Terms(NamedTuple):
-    """first * cos + (or -) second * sin."""
+    """first * cos + (or -) second * sin, all of them nodes."""
 
-    first: fx.Node
-    cos: fx.Node
-    second: fx.Node
-    sin: fx.Node
+    first: Any
+    cos: Any
+    second: Any
+    sin: Any
 
 
 def lift(graph: Graph) -> None:
@@ -71,7 +71,7 @@ def _halves(graph: Graph, node: fx.Node) -> fx.Node | None:
 
 def _complex(graph: Graph, node: fx.Node) -> fx.Node | None:
     """Pairs of features as complex numbers, multiplied by exp(i angle)."""
-    product = node.args[0] if is_move(node) and shape(node) else None
+    product: Any = node.args[0] if is_move(node) and shape(node) else None
     product = product.args[0] if is_call(product, aten.view_as_real.default) else None
     if not is_call(product, aten.mul.Tensor) or shape(node) != (*shape(product)[:-1], 2 * shape(product)[-1]):
         return None
@@ -91,18 +91,15 @@ def _complex(graph: Graph, node: fx.Node) -> fx.Node | None:
 
 def _with_the_rest(graph: Graph, turned: fx.Node) -> None:
     """Take in a concatenation with the features behind, which pass unchanged."""
-    users = list(turned.users)
-    if len(users) != 1 or not is_call(users[0], aten.cat.default) or len(users[0].args[0]) != 2:
+    whole: Any = next(iter(turned.users))
+    if len(turned.users) != 1 or not is_call(whole, aten.cat.default) or len(whole.args[0]) != 2:
         return
-    whole, (first, rest) = users[0], users[0].args[0]
+    first, rest = whole.args[0]
     if first is not turned or not isinstance(rest, fx.Node) or not is_move(rest):
         return
     source: Any = rest.args[0]
     source = through_casts(source.args[0] if is_getitem(rest) else source)
-    parts = [_signed(part, source) for part in (turned.args[0], rest)]
-    if shape(source) != shape(whole) or any(_last_axis(part) is None for part in parts):
-        return
-    if torch.equal(torch.cat([_last_axis(part) for part in parts]), torch.arange(1, shape(source)[-1] + 1)):
+    if shape(source) == shape(whole) and _are_the_whole(turned.args[0], rest, source):
         replace(graph, whole, rope, (source, *turned.args[1:]))
 
 
@@ -110,7 +107,7 @@ def _terms(node: fx.Node) -> list[Terms]:
     """The ways of reading a sum of two products as a Terms."""
     if node.kwargs or len(node.args) != 2:
         return []
-    products = [through_casts(arg) for arg in node.args]
+    products: list[Any] = [through_casts(arg) for arg in node.args]
     if not all(is_call(p, aten.mul.Tensor) and all(isinstance(a, fx.Node) for a in p.args) for p in products):
         return []
     orders = [products, products[::-1]] if is_call(node, aten.add.Tensor) else [products]
@@ -122,11 +119,12 @@ def _terms(node: fx.Node) -> list[Terms]:
     ]
 
 
-def _joined(node: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
+def _joined(node: Any) -> tuple[fx.Node, fx.Node, bool] | None:
     """The two halves that a node puts one behind the other (False) or in pairs (True)."""
     if is_call(node, aten.cat.default) and len(node.args[0]) == 2 and _is_last((*node.args, 0)[1], node):
-        return (*(through_casts(part) for part in node.args[0]), False)
-    stack = node.args[0] if node.args else None
+        one, two = (through_casts(part) for part in node.args[0])
+        return one, two, False
+    stack: Any = node.args[0] if node.args else None
     if is_call(stack, aten.stack.default) and len(stack.args[0]) == 2 and _is_last((*stack.args, 0)[1], stack):
         one, two = (through_casts(part) for part in stack.args[0])
         if is_move(node) and shape(node) == (*shape(one)[:-1], 2 * shape(one)[-1]):
@@ -152,10 +150,13 @@ def _halves_of(one: fx.Node, two: fx.Node) -> fx.Node | None:
     source = source.args[0] if is_getitem(one) else source
     if not isinstance(source, fx.Node) or not shape(source):
         return None
-    lines = [_last_axis(_signed(half, through_casts(source))) for half in (one, two)]
-    if any(line is None for line in lines):
-        return None
-    return source if torch.equal(torch.cat(lines), torch.arange(1, shape(source)[-1] + 1)) else None
+    return source if _are_the_whole(one, two, through_casts(source)) else None
+
+
+def _are_the_whole(one: Any, two: Any, source: fx.Node) -> bool:
+    """Whether two values are the first and the other features of a node, in its order."""
+    lines = [line for part in (one, two) if (line := _last_axis(_signed(part, source))) is not None]
+    return len(lines) == 2 and torch.equal(torch.cat(lines), torch.arange(1, shape(source)[-1] + 1))
 
 
 def _signed(node: Any, x: fx.Node) -> Any:
@@ -168,14 +169,16 @@ def _signed(node: Any, x: fx.Node) -> Any:
         return None if inner is None else -inner
     if is_call(node, *JOINS):
         parts = [_signed(part, x) for part in node.args[0]]
-        return None if any(part is None for part in parts) else node.target(parts, *node.args[1:])
+        if any(part is None or part.numel() == 0 for part in parts):
+            return None
+        return node.target(parts, *node.args[1:])
     if isinstance(node, fx.Node) and is_move(node):
         inner = _signed(node.args[0], x)
         return None if inner is None else move(node, inner)
     return None
 
 
-def _last_axis(array: Tensor | None) -> Tensor | None:
+def _last_axis(array: Any) -> Tensor | None:
     """The values along the last axis, if they are the same everywhere."""
     if not isinstance(array, Tensor) or array.ndim == 0:
         return None

@@ -43,7 +43,8 @@ def sites(graph: Graph, form: Form) -> list[Site]:
     streams: dict[fx.Node, Stream] = {}
     found: list[Site] = []
     for norm in graph.calls(layer_norm):
-        if means.is_zero(norm.args[0], len(shape(norm)) - 1):
+        x: Any = norm.args[0]
+        if means.is_zero(x, len(shape(norm)) - 1):
             found.append(Site(_where(norm), note="its input has mean zero as it is", detail=Centring(norm, {})))
             continue
         if norm not in streams:
@@ -75,7 +76,7 @@ def change(graph: Graph, chosen: list[Site]) -> None:
 
 def _without_mean(graph: Graph, norm: fx.Node) -> list[str]:
     """Put an RMSNorm in a LayerNorm's place; a folded gain and bias fall away. Returns the norm's own parameters."""
-    x, gain, bias, eps = (*norm.args, None, None, 1e-5)[:4] if len(norm.args) < 4 else norm.args
+    x, gain, bias, eps = norm.args
     own = [part.meta["tensor"] for part in (gain, bias) if isinstance(part, fx.Node) and part.op == "placeholder"]
     gain = None if gain is not None and constant_gain(graph, gain) == 1.0 else gain
     bias = None if bias is not None and constant_gain(graph, bias) == 0.0 else bias

@@ -50,7 +50,9 @@ def _cut(graph: Graph, norm: fx.Node) -> Cut | str:
     """The cheaper of the two places, or in words why deferring is of no use."""
     far = reach(graph, norm)
     if not far.frontier:
-        return "its division cancels: cancel_norm leaves it out" if far.absorbers else "nothing behind it reads its scale"
+        return (
+            "its division cancels: cancel_norm leaves it out" if far.absorbers else "nothing behind it reads its scale"
+        )
     for edge in far.frontier:
         if not edge.behind:
             return f"it is needed before any product: {edge}"

@@ -31,7 +31,7 @@ aten = torch.ops.aten
 class Group:
     """Linear layers that become one; `parts` are their argument positions that hold parameters."""
 
-    products: list[fx.Node]
+    products: list[Any]
     parent: str
     name: str
     parts: tuple[int, ...]
@@ -39,14 +39,14 @@ class Group:
 
 def sites(graph: Graph, form: Form) -> list[Site]:
     used = uses(graph)
-    by_input: dict[fx.Node, list[fx.Node]] = {}
+    by_input: dict[fx.Node, list[Any]] = {}
     for product in graph.calls(linear):
         if isinstance(product.args[0], fx.Node):
             by_input.setdefault(product.args[0], []).append(product)
     return [_site(graph, siblings, used) for siblings in by_input.values() if len(siblings) > 1]
 
 
-def _site(graph: Graph, siblings: list[fx.Node], used: dict[str, set[fx.Node]]) -> Site:
+def _site(graph: Graph, siblings: list[Any], used: dict[str, set[fx.Node]]) -> Site:
     paths = [_path(product) for product in siblings]
     parent = _common(paths)
     names = [path[len(parent) :].removeprefix(".") for path in paths]
@@ -81,7 +81,7 @@ def _plain(args: tuple) -> tuple:
     return args[:-1] if args[-1] is None else args
 
 
-def _reason(graph: Graph, siblings: list[fx.Node], parts: tuple[int, ...], used: dict[str, set[fx.Node]]) -> str | None:
+def _reason(graph: Graph, siblings: list[Any], parts: tuple[int, ...], used: dict[str, set[fx.Node]]) -> str | None:
     if any(len(_plain(product.args)) != len(parts) + 1 or product.kwargs for product in siblings):
         return "some of them have a bias and others have none"
     for part in parts:
@@ -100,12 +100,8 @@ def _reason(graph: Graph, siblings: list[fx.Node], parts: tuple[int, ...], used:
     return None
 
 
-def _parameters(siblings: list[fx.Node], part: int) -> list[str]:
-    names = []
-    for product in siblings:
-        node: Any = product.args[part]
-        names.append(node.meta["tensor"])
-    return names
+def _parameters(siblings: list[Any], part: int) -> list[str]:
+    return [product.args[part].meta["tensor"] for product in siblings]
 
 
 def _new_names(group: Group) -> dict[int, str]:
@@ -135,9 +131,9 @@ def _merge(graph: Graph, group: Group) -> None:
         graph.fx.erase_node(old)
 
 
-def _stacked(graph: Graph, products: list[fx.Node], part: int, name: str) -> fx.Node:
+def _stacked(graph: Graph, products: list[Any], part: int, name: str) -> fx.Node:
     parameters = _parameters(products, part)
-    nodes: list[Any] = [product.args[part] for product in products]
+    nodes = [product.args[part] for product in products]
     rows = sum(shape(node)[0] for node in nodes)
     like = torch.empty((rows, *shape(nodes[0])[1:]), dtype=graph.dtype_of(parameters[0]), device="meta")
     return graph.add_parameter(name, Stacked(tuple(graph.values[p] for p in parameters)), like)

@@ -92,7 +92,7 @@ def _completed(config: PreTrainedConfig) -> PreTrainedConfig | None:
     """A default configuration with sizes given to those fields that it leaves open; None where it leaves none."""
     usual = {"head_dim": 64, "vocab_size": 1000, "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2}
     config = copy.deepcopy(config)
-    opened = [(part, n) for _, part in tree(config) for n in usual if getattr(part, n, 0) is None]
+    opened = [(part, n) for _, part in tree(config) for n in usual if vars(part).get(n, 0) is None]
     for part, name in opened:
         setattr(part, name, usual[name])
     return config if opened else None

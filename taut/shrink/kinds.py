@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Layer(NamedTuple):
     """One element of a list of modules; `counted` if the list is as long as one of its configuration's depths."""
 
-    index: int
+    at: int
     structure: frozenset
     listed: tuple[tuple[str, Any], ...]
     counted: bool
@@ -48,7 +48,7 @@ def first_layers(kinds: Kinds) -> dict[str, list[int]]:
         for layer in layers:
             if layer.counted:
                 kind = (layer.structure, layer.listed)
-                first[kind] = min(first.get(kind, layer.index), layer.index)
+                first[kind] = min(first.get(kind, layer.at), layer.at)
         kept.setdefault(owner, set()).update(first.values())
     return {owner: sorted(indices if len(indices) > 1 else {0, 1}) for owner, indices in kept.items()}
 

@@ -186,7 +186,7 @@ class Sizes:
         if name in pairs:
             small = self.width(hidden) / self.heads(part, pairs[name])
             ratio = v * pairs[name] / hidden
-            new = max(4, 4 * round(min(ratio * small, 32) / 4))
+            new = max(4, 4 * round(min(ratio * small, 64 if ratio == int(ratio) else 32) / 4))
             return int(small) if ratio == 1 and small == int(small) else new + 4 * (new == small)
         anchor = max(pairs, key=lambda n: getattr(part, n))
         ratio = self.head_dim(part, anchor, getattr(part, anchor)) / getattr(part, anchor)
@@ -335,6 +335,7 @@ def _head_pairs(part: PreTrainedConfig) -> dict[str, int]:
         "kv_channels": ("num_attention_heads",),
         "d_kv": ("num_heads",),
         "mamba_d_head": ("mamba_n_heads",),
+        "mamba_headdim": ("n_mamba_heads",),
         "mamba_head_dim": ("mamba_num_heads",),
         "linear_value_head_dim": ("linear_num_value_heads",),
         "linear_key_head_dim": ("linear_num_key_heads",),

@@ -7,7 +7,6 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from taut.nn.mixer.conformer import BNConv1d, BNLinear, ConformerBlock
-from taut.nn.norm.masked_batch_norm import MaskedBatchNorm
 
 
 class Skip(nn.Module):
@@ -111,5 +110,4 @@ def test_a_small_recogniser_trains(seed):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert sum(losses[-10:]) / 10 < 0.25 * sum(losses[:5]) / 5
-    assert isinstance(model.blocks[0].first.up.norm, MaskedBatchNorm)
+    assert sum(losses[-10:]) / 10 < 0.1 * losses[0]

@@ -68,6 +68,17 @@ def test_gpt2_s_redundancy_is_what_compressing_its_stream_deletes():
     assert layers["transformer.h.0.mlp.c_proj"].redundant_parameters == 0
 
 
+def test_a_trained_llama_has_no_redundant_parameter_behind_its_norms(weights):
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(weights / "stories260k").eval()
+    layers = effective_dims(model, [torch.randint(3, 512, (8, 200))])
+    readers = [e for e in layers if e.name.endswith(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head"))]
+    assert len(readers) == 5 * 5 + 1
+    assert all(e.redundant_parameters == 0 for e in readers)
+
+
 def test_units_of_the_inputs_do_not_matter():
     torch.manual_seed(0)
     x = nn.functional.layer_norm(torch.randn(400, 16), (16,)).double() * torch.logspace(-8, 8, 16).double()

@@ -45,7 +45,7 @@ def test_keeps_the_tokens_that_transformers_keeps():
 def test_the_seed_fixes_the_stream():
     logits = torch.zeros(2, 50_000)
     draw = lambda **kwargs: sample(logits, **kwargs).tolist()  # noqa: E731
-    assert draw(seed=1, position=5) == draw(seed=1, position=5) == [4116, 41003]
+    assert draw(seed=1, position=5) == draw(seed=1, position=5) == [33103, 17622]
     assert draw(seed=1, position=5) != draw(seed=2, position=5)
     assert draw(seed=1, position=5) != draw(seed=1, position=6)
     assert draw(seed=1, position=5) != draw(seed=1 + 2**32, position=5)

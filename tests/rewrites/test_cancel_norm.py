@@ -25,7 +25,7 @@ def plain(*sizes):
     return L(*sizes, bias=False)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "olmo2", "gemma2", "deepseek_v3", "mixtral"])
+@pytest.mark.parametrize("name", scales.some(("llama", "qwen3", "olmo2", "gemma2", "deepseek_v3", "mixtral")))
 def test_refuses_where_a_path_is_not_normalised_again(name):
     """Norms on queries and keys alone, the rotary slice beside a normalised latent, sandwich norms around a gate."""
     _, graph, _ = scales.traced(name, "logits")

@@ -25,6 +25,8 @@ class RMSNorm(nn.Module):
     `torch.nn.RMSNorm` is this with order="gain_then_cast". Raises ValueError where `partial` leaves no feature.
     """
 
+    weight: nn.Parameter | None
+
     def __init__(
         self,
         d: int,
@@ -41,7 +43,7 @@ class RMSNorm(nn.Module):
         if not 0 < self.measured <= d:
             raise ValueError(f"partial={partial} of {d} features is {self.measured}; it must leave 1 to {d} of them")
         start = {"plain": torch.ones, "one_plus": torch.zeros}
-        self.weight = nn.Parameter(start[gain](d)) if gain != "none" else None
+        self.register_parameter("weight", nn.Parameter(start[gain](d)) if gain != "none" else None)
 
     def forward(self, x: Tensor) -> Tensor:
         a = wide(x)

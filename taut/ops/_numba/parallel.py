@@ -1,0 +1,74 @@
+"""Sharing work among threads: those of torch's own OpenMP, so that two pools never fight for the cores."""
+
+from __future__ import annotations
+
+import ctypes
+
+import llvmlite.binding as llvm
+import torch  # noqa: F401  (loads the OpenMP whose symbols are looked up below)
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+
+from taut.ops._numba.scalar import INT32, JIT, intrinsic
+
+WORD, PLACE = ir.IntType(64), ir.IntType(8).as_pointer()
+ENTRIES = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+
+
+def _openmp() -> bool:
+    """Make OpenMP's entries known to the compiler under names of our own; whether the process has them."""
+    process = ctypes.CDLL(None)
+    found = all(hasattr(process, entry) for entry in ENTRIES)
+    for entry in ENTRIES:
+        llvm.add_symbol(f"taut_{entry}", ctypes.cast(getattr(process, entry), ctypes.c_void_p).value if found else 1)
+    return found
+
+
+HAS_OPENMP = _openmp()
+
+
+@intrinsic
+def _team(typing, body, parts, arguments):
+    """Run body(part, parts, *arguments) for every part on an OpenMP team."""
+    signature = body.get_call_type(typing, (types.int64, types.int64, *arguments.types), {})
+
+    def generate(context, builder, _signature, args):
+        _, parts, values = args
+        compiled = body.dispatcher.get_compile_result(signature)
+        context.add_linking_libs((compiled.library,))
+        packed = cgutils.make_anonymous_struct(builder, [values, parts])
+        outlined = _outline(context, builder.module, f"{builder.function.name}.team", packed.type, compiled, signature)
+        kind = ir.FunctionType(ir.VoidType(), [outlined.type, PLACE, INT32, INT32])
+        launch = cgutils.get_or_insert_function(builder.module, kind, "taut_GOMP_parallel")
+        data = builder.bitcast(cgutils.alloca_once_value(builder, packed), PLACE)
+        builder.call(launch, [outlined, data, builder.trunc(parts, INT32), ir.Constant(INT32, 0)])
+
+    return types.void(body, types.int64, arguments), generate
+
+
+def _outline(context, module, name, packed, compiled, signature):
+    """What each thread runs: every so many parts, since a nested team may be smaller than was asked for."""
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [PLACE]), module.get_unique_name(name))
+    function.linkage = "internal"
+    builder = ir.IRBuilder(function.append_basic_block())
+    ask = ir.FunctionType(INT32, [])
+    number, team = (
+        builder.sext(builder.call(cgutils.get_or_insert_function(module, ask, f"taut_{entry}"), []), WORD)
+        for entry in ENTRIES[1:]
+    )
+    whole = builder.load(builder.bitcast(function.args[0], packed.as_pointer()))
+    parts, values = builder.extract_value(whole, 1), cgutils.unpack_tuple(builder, builder.extract_value(whole, 0))
+    with cgutils.for_range_slice(builder, number, parts, team, WORD) as (part, _):
+        context.call_internal_no_propagate(builder, compiled.fndesc, signature, [part, parts, *values])
+    builder.ret_void()
+    return function
+
+
+@njit(**JIT)
+def share(body, parts, arguments):
+    """Run body(part, parts, *arguments) for every part."""
+    if parts == 1:
+        body(0, 1, *arguments)
+    else:
+        _team(body, parts, arguments)

@@ -1,0 +1,73 @@
+"""Taut form on disk: the original configuration, `taut.json`, and the tensors of the rewritten graph by its names.
+
+There is no code and no pickle: loading traces the configuration on the meta device, replays the plan's structure and
+binds the tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from taut.checkpoint import BadInput, Copy, Edit, write_taut
+from taut.graph import Graph, shape
+from taut.lift import lift
+from taut.module import GraphModule
+from taut.opened import Opened, open_model
+from taut.plans import BadPlan, Plan, follow
+from taut.values import Original, Value
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A tensor of the rewritten graph, computed in row blocks from the checkpoint's parameters."""
+
+    value: Value
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    located: Any
+
+    def block(self, read: Callable[..., Tensor], rows: slice) -> Tensor:
+        return self.value.evaluate(self.located.read, rows if self.shape else None)
+
+
+def write_graph(
+    opened: Opened, out: Path, plan: Plan, graph: Graph, record: Mapping[str, Any], force: bool, progress: Any
+) -> None:
+    """Write a rewritten graph. Raises as `write_taut`."""
+    placed = graph.placeholders("parameter")
+    tensors: dict[str, Edit] = {name: _edit(opened, graph, name, shape(placed[name])) for name in sorted(graph.values)}
+    write_taut(opened.checkpoint, out, tensors, record=record, force=force, progress=progress)
+
+
+def _edit(opened: Opened, graph: Graph, name: str, size: tuple[int, ...]) -> Edit:
+    pieces = opened.located.get(name) or []
+    infos = [opened.checkpoint.tensors[piece.tensor] for piece in pieces]
+    if graph.values[name] == Original(name) and len(pieces) == 1 and infos[0].shape == size:
+        return Copy(pieces[0].tensor, infos[0])
+    known = infos[0].dtype if infos else opened.dtype
+    return Computed(graph.values[name], size, known, opened.located)
+
+
+def load(path: str | Path, trust_remote_code: bool = False) -> GraphModule:
+    """A model in taut form, as a module that takes keyword tensors of any batch and length.
+
+    Raises BadInput where the directory holds no model in taut form, or one that this taut cannot replay.
+    """
+    opened = open_model(path, None, trust_remote_code)
+    if not opened.in_taut_form:
+        raise BadInput(f"{path}: not a model in taut form", "load a checkpoint in stock form with transformers")
+    plan = Plan.from_dict(opened.checkpoint.prior.record["plan"])  # type: ignore[index]
+    try:
+        graph = follow(lift(opened.full_graph(plan.outputs, symbolic=True)), plan)
+    except BadPlan as error:
+        raise BadInput(f"{path}: {error}", "apply taut to the original again with this version") from error
+    missing = sorted(set(graph.values) - set(opened.checkpoint.tensors))
+    if missing:
+        raise BadInput(f"{path}: the weights lack {', '.join(missing[:5])}", "apply taut to the original again")
+    return GraphModule(graph, {name: opened.checkpoint.read(name) for name in graph.values})
