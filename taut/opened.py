@@ -92,8 +92,8 @@ class Opened:
         with _parameters_on_meta():
             model = self.model_class(self.config)
         buffers = dict(model.named_buffers(remove_duplicate=False))
-        stored = {name: self.located.read(name) for name in buffers if self.located.get(name)}
-        return buffers | stored
+        stored = self.checkpoint.tensors if self.in_taut_form else self.located
+        return buffers | {name: self.read(name) for name in buffers if stored.get(name)}
 
     def _trace(self, model: nn.Module, outputs: str, symbolic: bool = False) -> Graph:
         try:

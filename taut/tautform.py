@@ -42,16 +42,18 @@ def write_graph(
     """Write a rewritten graph. Raises as `write_taut`."""
     placed = graph.placeholders("parameter")
     tensors: dict[str, Edit] = {name: _edit(opened, graph, name, shape(placed[name])) for name in sorted(graph.values)}
+    stored = [name for name in graph.placeholders("buffer") if opened.located.get(name)]
+    tensors |= {name: _edit(opened, graph, name, tuple(graph.tensors[name].shape)) for name in stored}
     write_taut(opened.checkpoint, out, tensors, record=record, force=force, progress=progress)
 
 
 def _edit(opened: Opened, graph: Graph, name: str, size: tuple[int, ...]) -> Edit:
     pieces = opened.located.get(name) or []
     infos = [opened.checkpoint.tensors[piece.tensor] for piece in pieces]
-    if graph.values[name] == Original(name) and len(pieces) == 1 and infos[0].shape == size:
+    if graph.values.get(name, Original(name)) == Original(name) and len(pieces) == 1 and infos[0].shape == size:
         return Copy(pieces[0].tensor, infos[0])
     known = infos[0].dtype if infos else opened.dtype
-    return Computed(graph.values[name], size, known, opened.located)
+    return Computed(graph.values.get(name, Original(name)), size, known, opened.located)
 
 
 def load(path: str | Path, trust_remote_code: bool = False) -> GraphModule:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
 
 import taut
 
@@ -24,7 +24,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-def load(name: str) -> torch.nn.Module:
+def load(name: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(DEMO / name, dtype=torch.float32).eval()
 
 

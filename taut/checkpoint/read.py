@@ -21,6 +21,7 @@ from taut.checkpoint.shards import Shard, TensorInfo, open_pickle, open_safetens
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 TAUT_INDEX = "taut.safetensors.index.json"
+INDEXES = {INDEX: open_safetensors, PICKLED_INDEX: open_pickle, TAUT_INDEX: open_safetensors}
 RECORD = "taut.json"
 UNRELATED_FOLDERS = {".git", ".cache", "__pycache__"}
 WEIGHT_SUFFIXES = (".gguf", ".onnx", ".onnx_data", ".h5", ".msgpack", ".pt", ".pth", ".ckpt", ".ot", ".tflite")
@@ -45,6 +46,7 @@ class Checkpoint:
     config: dict[str, Any]
     shards: list[Shard]
     index: dict[str, Any] | None = None
+    index_name: str = ""
     revision: str | None = None
     trust_remote_code: bool = False
 
@@ -110,7 +112,7 @@ class Checkpoint:
 
     def skipped_weights(self) -> list[str]:
         """Weights in other formats or beside the ones read; a rewritten checkpoint leaves them out."""
-        used = {shard.name for shard in self.shards} | {INDEX if self.index else ""}
+        used = {shard.name for shard in self.shards} | {self.index_name}
         return [name for name in self._files if self._is_weights(name) and name not in used]
 
     @functools.cached_property
@@ -122,7 +124,7 @@ class Checkpoint:
         if path.parts[0] == "original" or path.suffix in WEIGHT_SUFFIXES:
             return True
         at_root = len(path.parts) == 1
-        return at_root and (path.suffix in (".bin", ".safetensors") or name in (INDEX, PICKLED_INDEX))
+        return at_root and (path.suffix in (".bin", ".safetensors") or name in INDEXES)
 
     def check_finite(self, names: Collection[str] | None = None) -> None:
         """Read the floating tensors (all, or those named) and refuse infinities and NaN.
@@ -159,27 +161,25 @@ def open_checkpoint(
         raise BadInput(f"{folder} is a folder, which has no revisions", "leave --revision out, or give a hub id")
     config = read_config(folder)
     check_config(folder, config, trust_remote_code)
-    shards, index = _open_weights(folder, required=weights)
-    checkpoint = Checkpoint(folder, config, shards, index, revision, trust_remote_code)
+    shards, index, index_name = _open_weights(folder, required=weights)
+    checkpoint = Checkpoint(folder, config, shards, index, index_name, revision, trust_remote_code)
     _check_float8(checkpoint)
     return checkpoint
 
 
-def _open_weights(folder: Path, required: bool) -> tuple[list[Shard], dict[str, Any] | None]:
-    if (folder / SINGLE).exists():
-        return [open_safetensors(folder / SINGLE, SINGLE)], None
-    if (folder / INDEX).exists():
-        return _open_sharded(folder, INDEX, open_safetensors)
-    if (folder / PICKLED).exists():
-        return [open_pickle(folder / PICKLED, PICKLED)], None
-    if (folder / PICKLED_INDEX).exists():
-        return _open_sharded(folder, PICKLED_INDEX, open_pickle)
+def _open_weights(folder: Path, required: bool) -> tuple[list[Shard], dict[str, Any] | None, str]:
+    """The files in the order in which transformers looks for them, and the index with its name."""
+    for single, index in ((SINGLE, INDEX), (PICKLED, PICKLED_INDEX), ("", TAUT_INDEX)):
+        if single and (folder / single).exists():
+            return [INDEXES[index](folder / single, single)], None, ""
+        if (folder / index).exists():
+            return *_open_sharded(folder, index), index
     if required:
         raise BadInput(f"{folder} has no weights taut reads", f"it looks for {SINGLE}, {INDEX} and their .bin forms")
-    return [], None
+    return [], None, ""
 
 
-def _open_sharded(folder: Path, index_name: str, open_file) -> tuple[list[Shard], dict[str, Any]]:
+def _open_sharded(folder: Path, index_name: str) -> tuple[list[Shard], dict[str, Any]]:
     path = folder / index_name
     index = read_json(path)
     weight_map = index.get("weight_map")
@@ -189,7 +189,7 @@ def _open_sharded(folder: Path, index_name: str, open_file) -> tuple[list[Shard]
     for name in sorted({_file_name(path, value) for value in weight_map.values()}):
         if not (folder / name).exists():
             raise BadInput(f"{path}: names {name}, which is missing", "download the missing file")
-        shards.append(open_file(folder / name, name))
+        shards.append(INDEXES[index_name](folder / name, name))
     _check_names(path, weight_map, shards)
     return shards, index
 

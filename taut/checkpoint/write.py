@@ -143,7 +143,7 @@ def _new_index(source: Checkpoint, shards: list[NewShard]) -> bytes:
     total = sum(info.nbytes for shard in shards for info in shard.tensors.values())
     metadata = dict(old.get("metadata") or {})
     if weight_map == old.get("weight_map") and total == source.total_bytes:
-        return (source.path / INDEX).read_bytes()
+        return (source.path / source.index_name).read_bytes()
     grown = total - source.total_bytes
     metadata["total_size"] = metadata.get("total_size", source.total_bytes) + grown
     return _json({**old, "metadata": metadata, "weight_map": weight_map})

@@ -11,17 +11,17 @@ the scalar before it. Static sizes serve to find the step; the steps themselves 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from taut.facts.contraction import CONVOLUTIONS, Contraction, contraction, name_of
-from taut.facts.moves import GATHERS, MOVES, RESHAPES, move
+from taut.facts.moves import MOVES, move
+from taut.facts.scalars import Call, agree, covers, movements, run
 from taut.graph import Graph, shape
-from taut.lift._match import CASTS
 from taut.ops.attention import attention
 from taut.ops.glu import glu
 from taut.ops.layer_norm import layer_norm
@@ -31,9 +31,6 @@ from taut.ops.rope import rope
 
 aten = torch.ops.aten
 NORMS = (rms_norm, layer_norm)
-
-Call = tuple[Any, tuple, dict]
-"""An op with the arguments behind its first one."""
 
 
 @dataclass(frozen=True)
@@ -164,13 +161,17 @@ def _shape_only(walk: _Walk, node: fx.Node) -> None:
     return None
 
 
+def _args(node: fx.Node) -> Any:
+    return node.args
+
+
 def _output(walk: _Walk, node: fx.Node) -> str:
     return "it is an output of the model"
 
 
 def _keep(walk: _Walk, node: fx.Node) -> Scaled | str:
     """f(s x) = s f(x) for s > 0, or nothing but a rotation of features; no other argument may carry a scalar."""
-    x: Any = node.args[0]
+    x: Any = _args(node)[0]
     at = walk.at(x)
     if at is None or walk.sources(node) != [x] or len(shape(node)) > len(shape(x)):
         return _unknown(walk, node)
@@ -186,13 +187,14 @@ def _rope(walk: _Walk, node: fx.Node) -> Scaled | str:
 
 def _keep_if_zero(walk: _Walk, node: fx.Node) -> Scaled | str:
     """Zero is any scalar times zero: max(x, 0), and masking with zeros."""
-    *_, last = node.args
-    plain = not node.kwargs and not (node.target is aten.clamp.default and len(node.args) != 2)
+    *_, last = _args(node)
+    plain = not node.kwargs and not (node.target is aten.clamp.default and len(_args(node)) != 2)
     return _keep(walk, node) if plain and not isinstance(last, fx.Node) and last == 0 else _unknown(walk, node)
 
 
 def _power(walk: _Walk, node: fx.Node) -> Scaled | str:
-    exponent: Any = EXPONENTS.get(node.target) or node.args[1]
+    target: Any = node.target
+    exponent: Any = EXPONENTS.get(target) or _args(node)[1]
     kept = _keep(walk, node)
     if isinstance(kept, str) or isinstance(exponent, fx.Node):
         return _unknown(walk, node)
@@ -201,18 +203,18 @@ def _power(walk: _Walk, node: fx.Node) -> Scaled | str:
 
 
 def _move(walk: _Walk, node: fx.Node) -> Scaled | str:
-    source: Any = node.args[0]
+    source: Any = _args(node)[0]
     at = walk.at(source)
     if at is None or walk.sources(node) != [source]:
         return _unknown(walk, node)
     wanted = move(node, at.ids.expand(shape(source)))
     if wanted is None:
         return "picks tokens by an index that depends on the input"
-    return _stepped(at, (source,), _movements(node), at.ids, wanted)
+    return _stepped(at, (source,), movements(node), at.ids, wanted)
 
 
 def _item(walk: _Walk, node: fx.Node) -> Scaled | str | None:
-    source, index = node.args
+    source, index = _args(node)
     at = walk.at(source)
     if at is None or (source.target in RANKS and index == 1):
         return None
@@ -222,26 +224,26 @@ def _item(walk: _Walk, node: fx.Node) -> Scaled | str | None:
 
 
 def _join(walk: _Walk, node: fx.Node) -> Scaled | str:
-    parts: Any = node.args[0]
+    parts: Any = _args(node)[0]
     ats = [walk.at(part) for part in parts]
     if any(at is None for at in ats) or len({at.degree for at in ats if at is not None}) != 1:
         return "joins values that scale differently"
     found = [at for at in ats if at is not None]
     wholes = [at.ids.expand(shape(part)) for at, part in zip(found, parts, strict=True)]
     target: Any = node.target
-    wanted = target(wholes, *node.args[1:], **node.kwargs)
+    wanted = target(wholes, *_args(node)[1:], **node.kwargs)
     first = replace(found[0], behind=all(at.behind for at in found))
-    axis: Any = (*node.args, 0)[1]
+    axis: Any = (*_args(node), 0)[1]
     alike = [()] if target is aten.cat.default else [((aten.unsqueeze.default, (axis,), {}),)]
     result = _stepped(first, (parts[0],), alike, first.ids, wanted)
     if isinstance(result, str):
-        joined: list[tuple[Call, ...]] = [((target, tuple(node.args[1:]), dict(node.kwargs)),)]
+        joined: list[tuple[Call, ...]] = [((target, tuple(_args(node)[1:]), dict(node.kwargs)),)]
         result = _stepped(first, tuple(parts), joined, [at.ids for at in found], wanted)
     return result
 
 
 def _times(walk: _Walk, node: fx.Node) -> Scaled | str:
-    left, right = node.args[:2]
+    left, right = _args(node)[:2]
     sign = -1 if node.target is aten.div.Tensor else 1
     degree = _degree_of(walk, left) + sign * _degree_of(walk, right)
     return _common(walk, node, [x for x in (left, right) if walk.at(x)], degree)
@@ -249,7 +251,7 @@ def _times(walk: _Walk, node: fx.Node) -> Scaled | str:
 
 def _same(walk: _Walk, node: fx.Node) -> Scaled | str:
     """Sums, and choices between values: all must carry the same scalar to the same power."""
-    operands = node.args[1:3] if node.target is aten.where.self else node.args[:2]
+    operands = _args(node)[1:3] if node.target is aten.where.self else _args(node)[:2]
     if any(walk.at(x) is None for x in operands):
         return "adds a value that does not scale" if node.target in ADDS else "joins values that scale differently"
     if len({_degree_of(walk, x) for x in operands}) != 1:
@@ -272,25 +274,21 @@ def _common(walk: _Walk, node: fx.Node, operands: list[Any], degree: int) -> Sca
         ids = at.ids.view(*[1] * missing, *at.ids.shape)
         candidates.append(Scaled(degree, ids, Step((source,), calls), at.behind))
     first = candidates[0]
-    if any(not _agree(first.ids, other.ids) for other in candidates[1:]):
+    if any(not agree(first.ids, other.ids) for other in candidates[1:]):
         return "mixes the scalars of different tokens"
     return replace(first, behind=all(c.behind for c in candidates))
 
 
-def _agree(one: Tensor, two: Tensor) -> bool:
-    return bool((one == two).all())
-
-
 def _reduce(walk: _Walk, node: fx.Node) -> Scaled | str:
-    x: Any = node.args[0]
+    x: Any = _args(node)[0]
     kept = _keep(walk, node)
     if isinstance(kept, str):
         return kept
-    axes: Any = (*node.args, None)[1]
+    axes: Any = (*_args(node), None)[1]
     axes = list(range(len(shape(x)))) if axes in (None, []) else axes if isinstance(axes, list | tuple) else [axes]
     if any(kept.ids.shape[axis] != 1 for axis in axes):
         return "mixes the scalars of different tokens"
-    if node.kwargs.get("keepdim", (*node.args, False, False)[2]):
+    if node.kwargs.get("keepdim", (*_args(node), False, False)[2]):
         return kept
     squeezed = kept.ids.squeeze(tuple(axes))
     return replace(kept, ids=squeezed, step=Step((x,), ((aten.squeeze.dims, (list(axes),), {}),)))
@@ -298,11 +296,11 @@ def _reduce(walk: _Walk, node: fx.Node) -> Scaled | str:
 
 def _rank(walk: _Walk, node: fx.Node) -> Scaled | str | None:
     """Order along the features does not depend on a positive scalar: the places are free of it, the values keep it."""
-    at = walk.at(node.args[0])
+    at = walk.at(_args(node)[0])
     if at is None:
         return _unknown(walk, node)
     places = 2 if node.target is aten.topk.default else 1
-    axis: Any = node.kwargs.get("dim", (*node.args, None, None)[places])
+    axis: Any = node.kwargs.get("dim", (*_args(node), None, None)[places])
     axis = None if axis is None and node.target in ARGS else -1 if axis is None else axis
     if any(at.ids.shape[a] != 1 for a in (range(at.ids.ndim) if axis is None else (axis,))):
         return "ranks values with different scalars"
@@ -337,7 +335,7 @@ def _pointwise(product: Contraction) -> bool:
 
 def _token_product(walk: _Walk, node: fx.Node) -> Scaled | str:
     """A product of two activations: each may carry a scalar, but not along the axis that is summed."""
-    operands = [(x, axis) for x, axis in zip(node.args[:2], (-1, -2), strict=True) if walk.at(x)]
+    operands = [(x, axis) for x, axis in zip(_args(node)[:2], (-1, -2), strict=True) if walk.at(x)]
     for x, axis in operands:
         ids = walk.found.scaled[x].ids
         if ids.ndim < 2 or ids.shape[axis] != 1:
@@ -346,8 +344,8 @@ def _token_product(walk: _Walk, node: fx.Node) -> Scaled | str:
 
 
 def _glu(walk: _Walk, node: fx.Node) -> Scaled | str | None:
-    gate, up = node.args[:2]
-    act = (*node.args, node.kwargs.get("act", "silu"))[2]
+    gate, up = _args(node)[:2]
+    act: Any = (*_args(node), node.kwargs.get("act", "silu"))[2]
     degree, operands = _degree_of(walk, up), [up] if walk.at(up) else []
     if walk.at(gate) and act in HOMOGENEOUS:
         degree, operands = degree + HOMOGENEOUS[act] * _degree_of(walk, gate), [gate, *operands]
@@ -359,7 +357,7 @@ def _glu(walk: _Walk, node: fx.Node) -> Scaled | str | None:
 
 
 def _norm(walk: _Walk, node: fx.Node) -> str | None:
-    x: Any = node.args[0]
+    x: Any = _args(node)[0]
     at = walk.at(x)
     if at is None or walk.sources(node) != [x]:
         return _unknown(walk, node)
@@ -371,7 +369,7 @@ def _norm(walk: _Walk, node: fx.Node) -> str | None:
 
 def _pairs(walk: _Walk, node: fx.Node) -> Scaled | str:
     """Two real features are one complex number, or back."""
-    x: Any = node.args[0]
+    x: Any = _args(node)[0]
     at = walk.at(x)
     if at is None or (node.target is aten.view_as_complex.default and at.ids.shape[-1] != 1):
         return "mixes features with different scalars"
@@ -383,55 +381,10 @@ def _pairs(walk: _Walk, node: fx.Node) -> Scaled | str:
 def _stepped(at: Scaled, sources: tuple, candidates: Any, ids: Any, wanted: Any) -> Scaled | str:
     """The first of some ways to move the scalar that leaves it where the movement leaves the value."""
     for calls in candidates:
-        result = _run(calls, ids)
-        if result is not None and _covers(result, wanted):
+        result = run(calls, ids)
+        if result is not None and covers(result, wanted):
             return replace(at, ids=result, step=Step(sources, calls))
     return "moves tokens in a way that their scalars cannot follow"
-
-
-def _run(calls: tuple[Call, ...], ids: Any) -> Any | None:
-    for target, args, kwargs in calls:
-        try:
-            ids = target(ids, *fx.map_arg(args, lambda n: n.meta["val"]), **kwargs)
-        except (RuntimeError, IndexError, ValueError, TypeError):
-            return None
-    return list(ids) if isinstance(ids, tuple) else ids
-
-
-def _covers(result: Any, wanted: Any) -> bool:
-    if isinstance(wanted, list | tuple):
-        parts = result if isinstance(result, list) else [result] * len(wanted)
-        return len(parts) == len(wanted) and all(_covers(p, w) for p, w in zip(parts, wanted, strict=True))
-    if not isinstance(result, Tensor) or result.ndim != wanted.ndim:
-        return False
-    return all(r in (1, w) for r, w in zip(result.shape, wanted.shape, strict=True)) and _agree(result, wanted)
-
-
-def _movements(node: fx.Node) -> Iterator[tuple[Call, ...]]:
-    """Ways in which the scalar may follow a movement: not at all, by the same op, or by one that knows it is narrow."""
-    source: Any = node.args[0]
-    yield ()
-    if node.target in RESHAPES:
-        yield from _narrow_views(node)
-    elif node.target not in GATHERS | CASTS:
-        yield ((node.target, tuple(node.args[1:]), dict(node.kwargs)),)
-    if node.target in (aten.select.int, aten.unbind.int):
-        yield ((aten.squeeze.dim, ((*node.args, 0)[1],), {}),)
-    elif node.target is aten.squeeze.default:
-        yield ((aten.squeeze.dims, ([a for a, size in enumerate(shape(source)) if size == 1],), {}),)
-    elif node.target is aten.unflatten.int:
-        axis, sizes = node.args[1:3]
-        yield ((aten.unflatten.int, (axis, [1] * len(sizes)), {}),)  # type: ignore[arg-type]
-    elif node.target is aten.expand.default:
-        yield ((aten.unsqueeze.default, (0,), {}),) * (len(shape(node)) - len(shape(source)))
-
-
-def _narrow_views(node: fx.Node) -> Iterator[tuple[Call, ...]]:
-    """The same view with 1 for some of its sizes, from all of them down to none."""
-    sizes: Any = node.args[1]
-    axes = range(len(sizes))
-    for ones in sorted(range(1 << len(sizes)), key=lambda bits: -bits.bit_count()):
-        yield ((aten.reshape.default, ([1 if ones >> a & 1 else sizes[a] for a in axes],), {}),)
 
 
 ADDS = (aten.add.Tensor, aten.sub.Tensor)

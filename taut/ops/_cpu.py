@@ -47,4 +47,6 @@ def tag(t: Tensor | None):
 
 def threads(nbytes: int) -> int:
     """How many threads should share work that moves so many bytes."""
-    return 1 if nbytes < ONE_THREAD else torch.get_num_threads()
+    from taut.ops._numba.parallel import HAS_OPENMP
+
+    return torch.get_num_threads() if nbytes >= ONE_THREAD and HAS_OPENMP else 1

@@ -20,11 +20,12 @@ def layer_norm(
     x: Float[Tensor, "*batch d"],
     gain: Float[Tensor, " d"] | None = None,
     bias: Float[Tensor, " d"] | None = None,
-    eps: float = 1e-5,
+    eps: float | Tensor = 1e-5,
 ) -> Float[Tensor, "*batch d"]:
     """(x - mean) / sqrt(variance + eps) * gain + bias along the last axis; in float32 or wider, rounded once.
 
-    The variance is the biased one. The result has x's dtype.
+    The variance is the biased one. `eps` is a number, or a tensor that broadcasts to `x[..., :1]`. The result has x's
+    dtype.
     """
     h = wide(x)
     h = h - h.mean(-1, keepdim=True)
@@ -47,7 +48,7 @@ def _(make):
 
 
 def _fits(x, gain=None, bias=None, eps=1e-5) -> Reason:
-    return refusal(x, gain, bias)
+    return "eps is a tensor" if isinstance(eps, Tensor) else refusal(x, gain, bias)
 
 
 @layer_norm.impl("numba", when=_fits, opaque=True)

@@ -81,11 +81,12 @@ class _Probe:
         self.errors: dict[str, float] = {}
 
     def __call__(self, node: fx.Node, value: Any, value_of: Any) -> Any:
+        args: Any = node.args
         if node in self.norm_of:
-            number = node.args[1]
+            number = args[1]
             self.plain[node] = value_of(number) if isinstance(number, fx.Node) else number
         if node in self.norms:
-            x, eps = value_of(node.args[0]), node.args[-1]
+            x, eps = value_of(args[0]), args[-1]
             x = x - x.mean(-1, keepdim=True) if node.target is layer_norm else x
             square = x.square().mean(-1, keepdim=True)
             error = 1 - torch.sqrt((square + self.plain[eps]) / (square + value_of(eps)))

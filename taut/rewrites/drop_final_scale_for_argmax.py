@@ -9,6 +9,8 @@ Differs: the division is dropped, not deferred; the promise is on argmax(logits)
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
 from taut.facts.degree import reach
@@ -26,11 +28,11 @@ def sites(graph: Graph, form: Form) -> list[Site]:
 def _only_logits(graph: Graph, norm: fx.Node) -> str | None:
     """Why a norm's scale reaches more than the order of the logits of one token."""
     found = reach(graph, norm)
-    returned = dict(zip(graph.outputs, graph.output.args[0], strict=True))  # type: ignore[arg-type]
+    nodes: Any = graph.output.args[0]
     for edge in found.frontier:
         if edge.user is not graph.output:
             return f"it is needed before the logits: {edge}"
-        names = [name for name, node in returned.items() if node is edge.source]
+        names = [name for name, node in zip(graph.outputs, nodes, strict=True) if node is edge.source]
         if names != [LOGITS]:
             return f"it reaches the output {', '.join(n for n in names if n != LOGITS)}: promise the logits alone"
         if edge.degree < 0 or found.scaled[edge.source].ids.shape[-1] != 1:

@@ -21,7 +21,7 @@ from torch import nn
 from taut.shrink.inputs import example_inputs
 from taut.shrink.kinds import Kinds, first_layers, kinds_of, missing_kinds
 from taut.shrink.sizes import ROLES, STRUCTURE, WIDTH, Recipe, apply, listed_layers, role_of, tree
-from taut.shrink.weights import cast_weights, randomise
+from taut.shrink.weights import cast_weights, randomise, settle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -90,7 +90,14 @@ def _default_config(model_class: type) -> PreTrainedConfig:
 
 def _completed(config: PreTrainedConfig) -> PreTrainedConfig | None:
     """A default configuration with sizes given to those fields that it leaves open; None where it leaves none."""
-    usual = {"head_dim": 64, "vocab_size": 1000, "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2}
+    usual = {
+        "head_dim": 64,
+        "vocab_size": 1000,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "num_key_value_heads": 2,
+    }
     config = copy.deepcopy(config)
     opened = [(part, n) for _, part in tree(config) for n in usual if vars(part).get(n, 0) is None]
     for part, name in opened:
@@ -107,8 +114,10 @@ def _twin(config: PreTrainedConfig, model_class: type, seed: int) -> tuple[PreTr
         try:
             twin = _with_every_kind(config, recipe, model_class, wanted)
             model = _materialise(model_class, twin, seed)
+            inputs = example_inputs(model)
+            settle(model, inputs, seed)
             with torch.no_grad():
-                model(**example_inputs(model))
+                model(**inputs)
             return twin, model
         except Exception as error:
             reasons.append(_reason(error))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
@@ -14,12 +15,14 @@ if TYPE_CHECKING:
 
 
 class Layer(NamedTuple):
-    """One element of a list of modules; `counted` if the list is as long as one of its configuration's depths."""
+    """One element of a list of modules: `counted` if the list is as long as one of its configuration's depths, `shared`
+    if another element owns one of its parameters too."""
 
     at: int
     structure: frozenset
     listed: tuple[tuple[str, Any], ...]
     counted: bool
+    shared: bool
 
 
 # Keys: the path of the configuration that a list of modules belongs to, and the list's own path with numbers starred.
@@ -34,22 +37,31 @@ def kinds_of(model: nn.Module) -> Kinds:
         if isinstance(layers, (nn.ModuleList, nn.Sequential)):
             owner, config = _owner(model, name, paths)
             counted = len(layers) in depths(config)
+            owners = Counter(id(p) for layer in layers for p in layer.parameters())
             found.setdefault((owner, re.sub(r"\d+", "*", name)), []).extend(
-                Layer(i, _structure(layer), _listed(config, i, len(layers)), counted) for i, layer in enumerate(layers)
+                Layer(
+                    at=i,
+                    structure=_structure(layer),
+                    listed=_listed(config, i, len(layers)),
+                    counted=counted,
+                    shared=any(owners[id(p)] > 1 for p in layer.parameters()),
+                )
+                for i, layer in enumerate(layers)
             )
     return found
 
 
 def first_layers(kinds: Kinds) -> dict[str, list[int]]:
-    """Per configuration path, the layers at which a kind first occurs, two at the least."""
+    """Per configuration path, the layers at which a kind first occurs, two of a kind that shares parameters, and two
+    at the least."""
     kept: dict[str, set[int]] = {}
     for (owner, _), layers in kinds.items():
-        first: dict[tuple, int] = {}
+        places: dict[tuple, list[int]] = {}
         for layer in layers:
             if layer.counted:
-                kind = (layer.structure, layer.listed)
-                first[kind] = min(first.get(kind, layer.at), layer.at)
-        kept.setdefault(owner, set()).update(first.values())
+                places.setdefault((layer.structure, layer.listed, layer.shared), []).append(layer.at)
+        first = {at for kind, found in places.items() for at in sorted(found)[: 2 if kind[-1] else 1]}
+        kept.setdefault(owner, set()).update(first)
     return {owner: sorted(indices if len(indices) > 1 else {0, 1}) for owner, indices in kept.items()}
 
 
@@ -64,7 +76,10 @@ def missing_kinds(wanted: Kinds, got: Kinds) -> set[str]:
 
 
 def _distinct(layers: list[Layer], names: set[str]) -> set[tuple]:
-    return {(layer.structure, tuple(pair for pair in layer.listed if pair[0] in names)) for layer in layers}
+    return {
+        (layer.structure, tuple(pair for pair in layer.listed if pair[0] in names), layer.shared and bool(names))
+        for layer in layers
+    }
 
 
 def _owner(model: nn.Module, name: str, paths: dict[int, str]) -> tuple[str, PreTrainedConfig]:

@@ -16,9 +16,23 @@ def randomise(model: nn.Module) -> None:
         for p in module._parameters.values():
             if p is not None and p.is_floating_point():
                 p.copy_(_vector(p) if p.ndim <= 1 else _matrix(module, p))
-        for name, b in module._buffers.items():
-            if b is not None and name in ("running_mean", "running_var"):
-                b.copy_(torch.rand_like(b) + (0.5 if name == "running_var" else -0.5))
+
+
+@torch.no_grad()
+def settle(model: nn.Module, inputs: dict[str, Tensor], seed: int) -> None:
+    """Give batch norms the statistics of the inputs, perturbed: with made-up ones a deep stack of them would die out."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_var is not None]
+    momenta = [m.momentum for m in norms]
+    if not norms:
+        return
+    for norm in norms:
+        norm.train().momentum = 1.0
+    model(**inputs)
+    generator = torch.Generator().manual_seed(seed)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.eval().momentum = momentum
+        for statistic in (norm.running_mean, norm.running_var):
+            statistic.mul_(0.7 + 0.6 * torch.rand(statistic.shape, generator=generator))
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -1,3 +1,6 @@
+from types import SimpleNamespace
+
+import huggingface_hub
 import pytest
 from checkpoint.made import pickled, single
 from huggingface_hub import errors

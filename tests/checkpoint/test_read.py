@@ -127,7 +127,11 @@ def test_header_that_is_no_json(tmp_path, text):
 
 def test_other_files_in_place_of_weights(tmp_path):
     folder = single(tmp_path / "m")
-    for content in (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", b"<html></html>" * 9, b"PK\3\4"):
+    for content in (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+        b"<html></html>" * 9,
+        b"PK\3\4",
+    ):
         (folder / "model.safetensors").write_bytes(content)
         refused(folder, "model.safetensors", "not a safetensors file")
 

@@ -212,9 +212,7 @@ def test_not_finite_is_named_and_nothing_is_left(tmp_path):
     values["big.weight"][0, :3] = -torch.inf
     checkpoint = open_checkpoint(single(tmp_path / "a", values))
     with pytest.raises(BadInput, match=r"a\.weight \(1\), big\.weight \(3\)"):
-        write_checkpoint(
-            checkpoint, tmp_path / "b", {"big.weight": scaled(checkpoint, "big.weight", 1)}, record={}
-        )
+        write_checkpoint(checkpoint, tmp_path / "b", {"big.weight": scaled(checkpoint, "big.weight", 1)}, record={})
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     write_checkpoint(checkpoint, tmp_path / "b", {}, record={}, may_be_nonfinite={"a.weight", "big.weight"})
     assert contents(tmp_path / "b").items() >= contents(tmp_path / "a").items()
@@ -289,7 +287,9 @@ def test_edits_of_what_is_not_there_and_of_the_wrong_size(tmp_path):
 def test_progress_ends_at_the_total(tmp_path):
     checkpoint = open_checkpoint(sharded(tmp_path / "a"))
     heard = []
-    write_checkpoint(checkpoint, tmp_path / "b", {}, record={}, progress=lambda done, total: heard.append((done, total)))
+    write_checkpoint(
+        checkpoint, tmp_path / "b", {}, record={}, progress=lambda done, total: heard.append((done, total))
+    )
     assert heard == sorted(heard)
     assert heard[-1] == (checkpoint.total_bytes, checkpoint.total_bytes)
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import numba as nb
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
+from taut.ops._numba.parallel import shared
 from taut.ops._numba.scalar import JIT, array, down, exp, span, tanh, up
 from taut.ops._numba.simd import blend, dots, peak
 
@@ -156,31 +157,44 @@ def merge(peaks, totals, parts, sink, to, tag):
         to[i] = down(sums[i] / total if total != 0 else nb.float32(0), tag)
 
 
-@njit(parallel=True, **JIT)
+@njit(**JIT)
+def pieces(part, parts, wide, k, k_strides, v, v_strides, shape, cap, mask, mask_strides, additive, alibi,
+           peaks, totals, sums, k_tag, mask_tag):  # fmt: skip
+    """The part-th share of all chunks of all key heads of all sequences."""
+    batch, heads, kv_heads, lowest, keys, step = shape
+    (chunks, _, dv), d, group = sums.shape, wide.shape[1], heads // kv_heads
+    scores = np.empty((group, step), np.float32)
+    begin, end = span(batch * kv_heads * chunks, part, parts)
+    for piece in range(begin, end):
+        pair, c = piece // chunks, piece % chunks
+        b, kv = pair // kv_heads, pair % kv_heads
+        head, first = b * heads + kv * group, lowest + c * step
+        mine, last = slice(head, head + group), min(first + step, keys)
+        marks = mask + b * mask_strides[0] + kv * group * mask_strides[1] if mask else 0
+        chunk(wide[head].ctypes.data, group, d, k + b * k_strides[0] + kv * k_strides[1], k_strides[2],
+              v + b * v_strides[0] + kv * v_strides[1], v_strides[2], dv, keys, first, last, cap, alibi, kv * group,
+              marks, mask_strides[1], additive, scores, peaks[c, mine], totals[c, mine], sums[c, mine],
+              k_tag, mask_tag)  # fmt: skip
+
+
+share_pieces = shared(pieces)
+
+
+@njit(**JIT)
 def attention(q, k, k_strides, v, v_strides, y, batch, heads, kv_heads, d, dv, lowest, keys, step, scale, cap, mask,
               mask_strides, additive, sinks, alibi, parts, tag, k_tag, mask_tag):  # fmt: skip
     """y (batch, heads, dv) from q (batch, heads, d); strides are (batch, head, row) in bytes."""
-    group, chunks = heads // kv_heads, (keys - lowest + step - 1) // step
+    chunks = (keys - lowest + step - 1) // step
     stored, wide = array(q, (batch * heads, d), tag), np.empty((batch * heads, d), np.float32)
     for h in range(batch * heads):
         for i in range(d):
             wide[h, i] = up(stored[h, i]) * nb.float32(scale)
-    pieces = batch * kv_heads * chunks
     peaks, totals = np.empty((chunks, batch * heads), np.float32), np.empty((chunks, batch * heads), np.float32)
     sums = np.empty((chunks, batch * heads, dv), np.float32)
-    for part in prange(parts):
-        scores = np.empty((group, step), np.float32)
-        begin, end = span(pieces, part, parts)
-        for piece in range(begin, end):
-            pair, c = piece // chunks, piece % chunks
-            b, kv = pair // kv_heads, pair % kv_heads
-            head, first = b * heads + kv * group, lowest + c * step
-            last, heads_ = min(first + step, keys), slice(head, head + group)
-            marks = mask + b * mask_strides[0] + kv * group * mask_strides[1] if mask else 0
-            chunk(wide[head].ctypes.data, group, d, k + b * k_strides[0] + kv * k_strides[1], k_strides[2],
-                  v + b * v_strides[0] + kv * v_strides[1], v_strides[2], dv, keys, first, last, nb.float32(cap), alibi,
-                  kv * group, marks, mask_strides[1], additive, scores, peaks[c, heads_], totals[c, heads_],
-                  sums[c, heads_], k_tag, mask_tag)  # fmt: skip
+    shape = batch, heads, kv_heads, lowest, keys, step
+    arguments = (wide, k, k_strides, v, v_strides, shape, nb.float32(cap), mask, mask_strides, additive, alibi,
+                 peaks, totals, sums, k_tag, mask_tag)  # fmt: skip
+    share_pieces(min(parts, batch * kv_heads * chunks), arguments)
     to, logits = array(y, (batch * heads, dv), tag), array(sinks, heads, np.float32(0))
     for h in range(batch * heads):
         merge(peaks[:, h], totals[:, h], sums[:, h], logits[h % heads] if sinks else HIDDEN, to[h], tag)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 import numba as nb
-from numba import njit, prange
+from numba import njit
 
+from taut.ops._numba.parallel import shared
 from taut.ops._numba.scalar import JIT, array, down, span, up
 
 
@@ -39,13 +40,12 @@ def rms_part(part, parts, x, gain, y, rows, d, eps, tag, gain_tag):
         scaled(source[row], to[row], inverse_rms(source[row], d, eps), gain, d, tag, gain_tag)
 
 
-@njit(parallel=True, **JIT)
+share_rms = shared(rms_part)
+
+
+@njit(**JIT)
 def rms_norm(x, gain, y, rows, d, eps, parts, tag, gain_tag):
-    if parts == 1:
-        rms_part(0, 1, x, gain, y, rows, d, eps, tag, gain_tag)
-    else:
-        for part in prange(parts):
-            rms_part(part, parts, x, gain, y, rows, d, eps, tag, gain_tag)
+    share_rms(parts, (x, gain, y, rows, d, eps, tag, gain_tag))
 
 
 @njit(**JIT)
@@ -60,13 +60,12 @@ def add_rms_part(part, parts, x, residual, gain, y, total, rows, d, eps, tag, ga
         scaled(c, ys[row], inverse_rms(c, d, eps), gain, d, tag, gain_tag)
 
 
-@njit(parallel=True, **JIT)
+share_add_rms = shared(add_rms_part)
+
+
+@njit(**JIT)
 def add_rms_norm(x, residual, gain, y, total, rows, d, eps, parts, tag, gain_tag):
-    if parts == 1:
-        add_rms_part(0, 1, x, residual, gain, y, total, rows, d, eps, tag, gain_tag)
-    else:
-        for part in prange(parts):
-            add_rms_part(part, parts, x, residual, gain, y, total, rows, d, eps, tag, gain_tag)
+    share_add_rms(parts, (x, residual, gain, y, total, rows, d, eps, tag, gain_tag))
 
 
 @njit(**JIT)
@@ -97,10 +96,9 @@ def layer_part(part, parts, x, gain, bias, y, rows, d, eps, tag, gain_tag, bias_
                 b[i] = down((up(a[i]) - mean) * alpha, tag)
 
 
-@njit(parallel=True, **JIT)
+share_layer = shared(layer_part)
+
+
+@njit(**JIT)
 def layer_norm(x, gain, bias, y, rows, d, eps, parts, tag, gain_tag, bias_tag):
-    if parts == 1:
-        layer_part(0, 1, x, gain, bias, y, rows, d, eps, tag, gain_tag, bias_tag)
-    else:
-        for part in prange(parts):
-            layer_part(part, parts, x, gain, bias, y, rows, d, eps, tag, gain_tag, bias_tag)
+    share_layer(parts, (x, gain, bias, y, rows, d, eps, tag, gain_tag, bias_tag))

@@ -7,10 +7,10 @@ import ctypes
 import llvmlite.binding as llvm
 import torch  # noqa: F401  (loads the OpenMP whose symbols are looked up below)
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 
-from taut.ops._numba.scalar import INT32, JIT, intrinsic
+from taut.ops._numba.scalar import INT32, intrinsic
 
 WORD, PLACE = ir.IntType(64), ir.IntType(8).as_pointer()
 ENTRIES = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
@@ -28,23 +28,38 @@ def _openmp() -> bool:
 HAS_OPENMP = _openmp()
 
 
-@intrinsic
-def _team(typing, body, parts, arguments):
-    """Run body(part, parts, *arguments) for every part on an OpenMP team."""
-    signature = body.get_call_type(typing, (types.int64, types.int64, *arguments.types), {})
+def shared(body):
+    """share(parts, arguments), which runs body(part, parts, *arguments) for every part."""
 
-    def generate(context, builder, _signature, args):
-        _, parts, values = args
-        compiled = body.dispatcher.get_compile_result(signature)
-        context.add_linking_libs((compiled.library,))
-        packed = cgutils.make_anonymous_struct(builder, [values, parts])
-        outlined = _outline(context, builder.module, f"{builder.function.name}.team", packed.type, compiled, signature)
-        kind = ir.FunctionType(ir.VoidType(), [outlined.type, PLACE, INT32, INT32])
-        launch = cgutils.get_or_insert_function(builder.module, kind, "taut_GOMP_parallel")
-        data = builder.bitcast(cgutils.alloca_once_value(builder, packed), PLACE)
-        builder.call(launch, [outlined, data, builder.trunc(parts, INT32), ir.Constant(INT32, 0)])
+    @intrinsic
+    def share(typing, parts, arguments):
+        signature = types.Dispatcher(body).get_call_type(typing, (types.int64, types.int64, *arguments.types), {})
 
-    return types.void(body, types.int64, arguments), generate
+        def generate(context, builder, _signature, args):
+            parts, values = args
+            compiled = body.get_compile_result(signature)
+            context.add_linking_libs((compiled.library,))
+            alone = builder.icmp_signed("==", parts, ir.Constant(WORD, 1))
+            with builder.if_else(alone) as (here, everywhere):
+                with here:
+                    place = [ir.Constant(WORD, 0), parts, *cgutils.unpack_tuple(builder, values)]
+                    context.call_internal_no_propagate(builder, compiled.fndesc, signature, place)
+                with everywhere:
+                    _launch(context, builder, parts, values, compiled, signature)
+
+        return types.void(types.int64, arguments), generate
+
+    return share
+
+
+def _launch(context, builder, parts, values, compiled, signature):
+    """Start a team on the outlined function."""
+    packed = cgutils.make_anonymous_struct(builder, [values, parts])
+    outlined = _outline(context, builder.module, f"{builder.function.name}.team", packed.type, compiled, signature)
+    kind = ir.FunctionType(ir.VoidType(), [outlined.type, PLACE, INT32, INT32])
+    launch = cgutils.get_or_insert_function(builder.module, kind, "taut_GOMP_parallel")
+    data = builder.bitcast(cgutils.alloca_once_value(builder, packed), PLACE)
+    builder.call(launch, [outlined, data, builder.trunc(parts, INT32), ir.Constant(INT32, 0)])
 
 
 def _outline(context, module, name, packed, compiled, signature):
@@ -63,12 +78,3 @@ def _outline(context, module, name, packed, compiled, signature):
         context.call_internal_no_propagate(builder, compiled.fndesc, signature, [part, parts, *values])
     builder.ret_void()
     return function
-
-
-@njit(**JIT)
-def share(body, parts, arguments):
-    """Run body(part, parts, *arguments) for every part."""
-    if parts == 1:
-        body(0, 1, *arguments)
-    else:
-        _team(body, parts, arguments)

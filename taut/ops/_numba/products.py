@@ -6,8 +6,9 @@ import math
 
 import numba as nb
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
+from taut.ops._numba.parallel import shared
 from taut.ops._numba.scalar import JIT, array, down, exp, overload, span, tanh, up
 from taut.ops._numba.simd import dots, dots_int4
 
@@ -130,17 +131,16 @@ def linear_part(part, parts, h, alpha, w, s, bias, residual, y, n, w_tag, s_tag,
             written[t, row] = down(value, y_tag)
 
 
-@njit(parallel=True, **JIT)
+share_linear = shared(linear_part)
+
+
+@njit(**JIT)
 def linear(
     x, w, s, gain, bias, residual, y, squares, tokens, k, n, norm, eps, parts, x_tag, w_tag, s_tag, g_tag, b_tag
 ):
     """y = norm?(x) w^T + bias + residual, and the sums of squares of y's rows where `squares` is an address."""
     h, alpha = gather(x, gain, norm, eps, tokens, k, x_tag, g_tag)
-    if parts == 1:
-        linear_part(0, 1, h, alpha, w, s, bias, residual, y, n, w_tag, s_tag, b_tag, x_tag)
-    else:
-        for part in prange(parts):
-            linear_part(part, parts, h, alpha, w, s, bias, residual, y, n, w_tag, s_tag, b_tag, x_tag)
+    share_linear(parts, (h, alpha, w, s, bias, residual, y, n, w_tag, s_tag, b_tag, x_tag))
     if squares:
         written, sums = array(y, (tokens, n), x_tag), array(squares, tokens, np.float32(0))
         for t in range(tokens):
@@ -164,12 +164,11 @@ def glu_part(part, parts, h, alpha, gate, gate_s, up_, up_s, y, n, act, w_tag, s
             written[t, row] = down(activate(g[t] * alpha[t], act) * (u[t] * alpha[t]), y_tag)
 
 
-@njit(parallel=True, **JIT)
+share_glu = shared(glu_part)
+
+
+@njit(**JIT)
 def norm_glu(x, gate, gate_s, up_, up_s, gain, y, tokens, k, n, eps, act, parts, x_tag, w_tag, s_tag, g_tag):
     """y = act(h gate^T) * (h up^T) with h = rms_norm(x, gain, eps)."""
     h, alpha = gather(x, gain, True, eps, tokens, k, x_tag, g_tag)
-    if parts == 1:
-        glu_part(0, 1, h, alpha, gate, gate_s, up_, up_s, y, n, act, w_tag, s_tag, x_tag)
-    else:
-        for part in prange(parts):
-            glu_part(part, parts, h, alpha, gate, gate_s, up_, up_s, y, n, act, w_tag, s_tag, x_tag)
+    share_glu(parts, (h, alpha, gate, gate_s, up_, up_s, y, n, act, w_tag, s_tag, x_tag))

@@ -1,0 +1,114 @@
+"""The main job on the model that comes with taut: inspect, apply, verify, and a comparison that anybody can read."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from taut import api
+from taut.api import Progress
+
+DEMO = Path(__file__).parent / "demo"
+MODEL = DEMO / "model"
+PROMPT = "def mean(values):\n    "
+
+
+@dataclass
+class Demonstration:
+    """The table's rows (what, before, after), and whether the proof passed."""
+
+    passed: bool
+    rows: list[tuple[str, str, str]]
+    verdict: str
+    evidence: dict[str, Any]
+    applied: int
+    refused: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def demonstrate(out: Path | None, progress: Progress | None, say: Callable[[str], None] | None) -> Demonstration:
+    """Run it all, in a temporary directory unless `out` is given. `say` is told what is being done."""
+    tell = say or (lambda text: None)
+    with tempfile.TemporaryDirectory() as scratch:
+        target = out or Path(scratch) / "rewritten"
+        tell("1. taut inspect: which norms can be folded into the layers behind them?")
+        found = api.inspect(MODEL)
+        folds = [site for site in found.sites if site["rewrite"] == "fold_norm"]
+        if say is not None:
+            _show_inspection(found)
+        tell("2. taut apply: fold them, prove it on a small twin in float64, write the checkpoint")
+        done = api.apply(MODEL, out=target, force=out is None, progress=progress)
+        if say is not None:
+            _show_applied(done)
+        tell("3. taut verify: prove it on the model itself, from what stands on disk")
+        evidence = api.verify(MODEL, target, progress=progress)
+        if say is not None:
+            _show_evidence(evidence)
+        tell("4. the two models side by side, both loaded by transformers without taut")
+        rows = compare(MODEL, target)
+    applied = sum(site["refused"] is None for site in folds)
+    rows.insert(0, ("norms with a gain to multiply by", str(len(folds)), str(len(folds) - applied)))
+    passed = evidence.passed
+    verdict = "Same model, less to compute." if passed else "The proof FAILED: please report this."
+    return Demonstration(passed, rows, verdict, evidence.as_dict(), applied, len(folds) - applied)
+
+
+def _show_inspection(found: api.Inspection) -> None:
+    from taut import show
+
+    kept = [site for site in found.sites if site["rewrite"] == "fold_norm"]
+    show.inspection(api.Inspection(**vars(found) | {"sites": kept}))
+
+
+def _show_applied(done: api.Applied) -> None:
+    from taut import show
+
+    show.console.print(f"{done.plan.applied} norms folded; written to {Path(done.out or '').name}/")
+
+
+def _show_evidence(evidence: Any) -> None:
+    from taut import show
+
+    show.evidence(evidence)
+
+
+def compare(before: Path, after: Path) -> list[tuple[str, str, str]]:
+    """Perplexity on held-out text, a greedy continuation and the size on disk, before and after."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(before)
+    models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (before, after)]
+    text = (DEMO / "heldout.txt").read_text()
+    perplexities = [perplexity(model, tokenizer, text) for model in models]
+    lines = [continuation(model, tokenizer) for model in models]
+    sizes = [sum(f.stat().st_size for f in path.glob("*.safetensors")) for path in (before, after)]
+    return [
+        ("perplexity on held-out text", f"{perplexities[0]:.4f}", f"{perplexities[1]:.4f}"),
+        ("continues 'def mean(values):' with", lines[0], lines[1]),
+        ("weights on disk", f"{sizes[0] / 1e6:.2f} MB", f"{sizes[1] / 1e6:.2f} MB"),
+    ]
+
+
+def perplexity(model: nn.Module, tokenizer: Any, text: str) -> float:
+    ids = tokenizer(text, return_tensors="pt").input_ids[:, : model.config.max_position_embeddings]
+    with torch.inference_mode():
+        logits = model(input_ids=ids).logits
+    return math.exp(nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]).item())
+
+
+def continuation(model: Any, tokenizer: Any, length: int = 8) -> str:
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    with torch.inference_mode():
+        for _ in range(length):
+            best = model(input_ids=ids).logits[:, -1].argmax(-1, keepdim=True)
+            ids = torch.cat([ids, best], 1)
+    return tokenizer.decode(ids[0]).removeprefix(PROMPT).strip().splitlines()[0]
