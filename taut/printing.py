@@ -67,12 +67,25 @@ def text(graph: Graph, facts: Columns | None = None) -> str:
 
 
 def columns(graph: Graph) -> Columns:
-    """The facts that `text` can print: where the mean along the features is zero, and how many read each value."""
+    """The facts that `text` can print.
+
+    Where the mean along the features is zero, how many read each value, the power of a norm's scalar that a value
+    carries where it could be deferred, and where that scalar must be put in at the latest.
+    """
+    from taut.facts.degree import NORMS, reach
     from taut.facts.mean import zero_mean
 
     printer = _Printer(graph)
     zero = zero_mean(graph)
+    degree: dict[fx.Node, str] = {}
+    frontier: dict[fx.Node, str] = {}
+    for norm in graph.calls(*NORMS):
+        found = reach(graph, norm)
+        degree |= {node: f"s^{scaled.degree}" for node, scaled in found.scaled.items() if scaled.degree}
+        frontier |= {edge.user: f"needs {edge.source.name} * s^{edge.degree}" for edge in found.frontier}
     return {
+        "scale": degree,
+        "frontier": frontier,
         "mean": {node: "zero" for node, axis in zero.items() if axis == len(shape(node)) - 1},
         "readers": {
             node: str(printer.readers(node)) for node in graph.nodes if node.op != "output" and printer.is_shown(node)

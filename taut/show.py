@@ -90,9 +90,9 @@ def inspection(found: Inspection, facts: bool = False, graph: bool = False) -> N
     for mark, value in found.prior.items():
         console.print(f"note: this checkpoint was rewritten before ({mark}: {value})")
     if found.graph is not None and (graph or facts):
-        from taut.printing import text
+        from taut.printing import columns, text
 
-        console.print(text(found.graph, facts=facts), markup=False)
+        console.print(text(found.graph, columns(found.graph) if facts else None), markup=False, soft_wrap=True)
 
 
 def plan(made: Plan, out: Path | None) -> None:

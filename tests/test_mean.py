@@ -214,7 +214,7 @@ class Random:
                 lambda: self.call(aten.sub.Tensor, x, self.pick()),
                 lambda: self.call(aten.mul.Tensor, x, 0.5),
                 lambda: self.call(aten.flip.default, x, [2]),
-                lambda: self.call(aten.layer_norm_free, x) if False else self.call(layer_norm, x, None, None, 1e-5),
+                lambda: self.call(layer_norm, x, None, None, 1e-5),
                 lambda: self.call(aten.bmm.default, self.call(aten.softmax.int, self.mixing(), -1), x),
                 lambda: self.call(aten.reshape.default, self.call(aten.reshape.default, x, [-1, WIDTH]), list(shape(x))),
             ]

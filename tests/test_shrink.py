@@ -152,6 +152,12 @@ def test_listed_layers_are_renumbered():
     assert twin.text_config.num_hidden_layers == 2
 
 
+def test_layers_that_share_parameters_still_share_them():
+    model = tiny_model(transformers.Zamba2ForCausalLM)
+    one, two = (layer.shared_transformer for layer in model.model.layers if hasattr(layer, "shared_transformer"))
+    assert {id(p) for p in one.parameters()} & {id(p) for p in two.parameters()}
+
+
 def test_rope_sections_follow_the_head_width():
     config = transformers.Qwen2VLConfig()
     config.text_config.rope_parameters["mrope_section"] = [16, 24, 24]

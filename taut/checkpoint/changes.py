@@ -97,6 +97,8 @@ def disk_edits(located: Located, changes: Mapping[str, Change]) -> tuple[dict[st
 
 def _edit(tensor: str, located: Located, parts: list[Part]) -> Edit:
     info = located.checkpoint.tensors[tensor]
+    if not info.numel:
+        return Copy(tensor, info)
     values = {part.change.fill for part in parts}
     covered = sum(math.prod(map(length, part.piece.part)) for part in parts) == info.numel
     if len(values) == 1 and covered and (value := values.pop()) is not None:
@@ -122,7 +124,7 @@ def _merged(shape: tuple[int, ...], axis: int, parts: list[Part]) -> Tensor | No
             return None
         vector[span] = factors
         covered[span] += math.prod(map(length, part.piece.part)) // length(span)
-    across = math.prod(shape) // shape[axis] if shape[axis] else 0
+    across = math.prod(shape) // shape[axis]
     if not torch.all((covered == 0) | (covered == across)):
         return None
     return torch.where(covered == 0, 1.0, vector)

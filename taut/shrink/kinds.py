@@ -69,15 +69,16 @@ def missing_kinds(wanted: Kinds, got: Kinds) -> set[str]:
     """Paths of the configurations whose layers lack a kind. What only `got` lists is a coincidence of lengths."""
     missing = set()
     for key, layers in wanted.items():
-        names = {name for layer in layers if layer.counted for name, _ in layer.listed}
-        if not _distinct(layers, names) <= _distinct(got.get(key, []), names):
+        counted = any(layer.counted for layer in layers)
+        names = {name for layer in layers for name, _ in layer.listed} if counted else set()
+        if not _distinct(layers, names, counted) <= _distinct(got.get(key, []), names, counted):
             missing.add(key[0])
     return missing
 
 
-def _distinct(layers: list[Layer], names: set[str]) -> set[tuple]:
+def _distinct(layers: list[Layer], names: set[str], counted: bool) -> set[tuple]:
     return {
-        (layer.structure, tuple(pair for pair in layer.listed if pair[0] in names), layer.shared and bool(names))
+        (layer.structure, tuple(pair for pair in layer.listed if pair[0] in names), layer.shared and counted)
         for layer in layers
     }
 

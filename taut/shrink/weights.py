@@ -20,7 +20,7 @@ def randomise(model: nn.Module) -> None:
 
 @torch.no_grad()
 def settle(model: nn.Module, inputs: dict[str, Tensor], seed: int) -> None:
-    """Give batch norms the statistics of the inputs, perturbed: with made-up ones a deep stack of them would die out."""
+    """Give batch norms the statistics of the inputs, perturbed: with made-up ones a deep stack of them dies out."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_var is not None]
     momenta = [m.momentum for m in norms]
     if not norms:
@@ -31,7 +31,7 @@ def settle(model: nn.Module, inputs: dict[str, Tensor], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.eval().momentum = momentum
-        for statistic in (norm.running_mean, norm.running_var):
+        for statistic in filter(torch.is_tensor, (norm.running_mean, norm.running_var)):
             statistic.mul_(0.7 + 0.6 * torch.rand(statistic.shape, generator=generator))
 
 

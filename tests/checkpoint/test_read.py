@@ -205,17 +205,14 @@ def test_old_pickle_format(tmp_path):
 
 def test_safetensors_win_over_other_formats_which_are_named(tmp_path):
     folder = single(tmp_path / "m")
-    for name in ("pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "model-q4.gguf", "consolidated.safetensors"):
-        (folder / name).write_bytes(b"x")
-    for name in ("onnx/model.onnx", "original/consolidated.00.pth", "original/params.json", "sub/notes.txt"):
+    weights = ["consolidated.safetensors", "flax_model.msgpack", "model-q4.gguf", "onnx/model.onnx"]
+    weights += ["original/consolidated.00.pth", "original/params.json", "pytorch_model.bin", "tf_model.h5"]
+    for name in [*weights, "sub/notes.txt"]:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"x")
     checkpoint = open_checkpoint(folder)
     assert checkpoint.other_files() == ["config.json", "sub/notes.txt"]
-    assert checkpoint.skipped_weights() == sorted(
-        ["pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "model-q4.gguf", "consolidated.safetensors"]
-        + ["onnx/model.onnx", "original/consolidated.00.pth", "original/params.json"]
-    )
+    assert checkpoint.skipped_weights() == weights
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8", "compressed-tensors", "mxfp4"])

@@ -227,9 +227,9 @@ def test_out_of_range_is_named_and_nothing_is_left(tmp_path):
         with pytest.raises(OutOfRange, match=word) as caught:
             write_checkpoint(checkpoint, tmp_path / "b", {"w": edit}, record={})
         assert set(caught.value.tensors) == {"w"}
+        general = Doubled("w", (2, 2), torch.float16)
+        general.block = lambda read, rows, factor=factor: factor * read("w", rows).double()
         with pytest.raises(OutOfRange, match=word):
-            general = Doubled("w", (2, 2), torch.float16)
-            general.block = lambda read, rows, factor=factor: factor * read("w", rows).double()
             write_checkpoint(checkpoint, tmp_path / "b", {"w": general}, record={})
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 

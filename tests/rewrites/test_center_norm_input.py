@@ -104,9 +104,6 @@ def norm(x):
     return F.layer_norm(x, x.shape[-1:])
 
 
-W = L(16, 16)
-
-
 @pytest.mark.parametrize(
     "body",
     [

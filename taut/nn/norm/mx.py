@@ -8,7 +8,7 @@ Where the estimate is biased: it trusts a Gaussian. A few channels far larger th
 and the mean square not alike: with 4 of 4096 channels 50 times larger, p=2 reads the RMS 58 % too high where they share
 a block and 97 % where each has its own (p=1: 29 % and 15 % too low); Student-t(4) inputs read 36 % too high. A trained
 checkpoint has such channels. Calibration mends the mean of the estimate and not its spread, so a checkpoint that was
-not trained with it wants `estimate="exact"`, whose sum of squares costs no traffic in the pass that takes the maxima: in
+not trained with it wants `estimate="exact"`, whose sum of squares costs no traffic beside the maxima: in
 a trained Llama of 64 features the norms' blocks took perplexity from 5.17 to 8.3, calibrated or not, and the exact form
 to 5.21.
 """
