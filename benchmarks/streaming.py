@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -95,10 +96,12 @@ def forget(folder: Path) -> None:
 
 
 def copy(source: Path, out: Path) -> dict[str, float]:
-    start = time.perf_counter()
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(["cp", "--reflink=never", "-r", source, out], check=True)
     sync(out)
-    return {"seconds": time.perf_counter() - start}
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"seconds": time.perf_counter() - start, "cpu_seconds": cpu}
 
 
 def rewrite(source: Path, out: Path) -> dict[str, float]:
@@ -121,7 +124,7 @@ def rewrite(source: Path, out: Path) -> dict[str, float]:
     seconds = time.perf_counter() - start
     status = Path("/proc/self/status").read_text()
     peak = int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
-    return {"seconds": seconds, "peak_gb": peak * 1024 / 1e9}
+    return {"seconds": seconds, "cpu_seconds": time.process_time(), "peak_gb": peak * 1024 / 1e9}
 
 
 def rewrite_apart(source: Path, out: Path) -> dict[str, float]:

@@ -67,18 +67,28 @@ def _build(name: str) -> nn.Module:
     return model
 
 
+@torch.no_grad()
+def redraw(model: nn.Module) -> nn.Module:
+    """Every parameter random, the same every time; gains around one."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim > 1:
+            parameter.copy_(noise / parameter.shape[-1] ** 0.5)
+        else:
+            parameter.copy_((parameter == 1).all() + 0.3 * noise)
+    return model
+
+
 class Body(nn.Module):
     """A function of x with layers of its own."""
 
     def __init__(self, body, **layers: nn.Module):
         super().__init__()
-        torch.manual_seed(1)
         self.body = body
         for name, layer in layers.items():
             setattr(self, name, layer)
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter += 0.3 * torch.randn_like(parameter)
+        redraw(self)
 
     def forward(self, x):
         return self.body(self, x)

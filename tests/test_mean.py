@@ -135,7 +135,7 @@ def test_every_claim_on_a_centred_model_holds_when_it_is_run():
         return value
 
     centred.run(inputs, float64=True, watch=check)
-    assert checked == len(claims) > 20
+    assert checked == sum(node.op == "call_function" for node in claims) > 20
 
 
 WIDTH, TOKENS = 6, 4
@@ -216,7 +216,9 @@ class Random:
                 lambda: self.call(aten.flip.default, x, [2]),
                 lambda: self.call(layer_norm, x, None, None, 1e-5),
                 lambda: self.call(aten.bmm.default, self.call(aten.softmax.int, self.mixing(), -1), x),
-                lambda: self.call(aten.reshape.default, self.call(aten.reshape.default, x, [-1, WIDTH]), list(shape(x))),
+                lambda: self.call(
+                    aten.reshape.default, self.call(aten.reshape.default, x, [-1, WIDTH]), list(shape(x))
+                ),
             ]
         )()
 
@@ -225,11 +227,11 @@ class Random:
         return self.call(aten.bmm.default, q, self.call(aten.transpose.int, q, 1, 2))
 
 
-@pytest.mark.parametrize("first", [0, 100, 200])
+@pytest.mark.parametrize("first", [0, 60, 120])
 def test_random_graphs_find_no_claim_that_is_false(first):
     """Every zero mean is zero when it is run, and what is centred computes the same; refusing all would not pass."""
     applied = refused = claimed = 0
-    for seed in range(first, first + 100):
+    for seed in range(first, first + 60):
         graph = Random(seed).graph
         inputs = {"x": torch.randn(2, TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed))}
         claimed += run_claims(graph, inputs)
