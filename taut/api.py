@@ -151,7 +151,7 @@ def apply(
         from taut.module import apply_module
 
         return apply_module(model, plan, example, only, form, outputs)
-    from taut.apply import apply_checkpoint
+    from taut.on_disk import apply_checkpoint
 
     if out is None:
         raise ValueError("say where to write the rewritten checkpoint: out=DIR")
@@ -179,7 +179,7 @@ def verify(
         return verify_modules(before, after, example)
     if isinstance(before, nn.Module) or isinstance(after, nn.Module):
         raise TypeError("verify compares two modules or two checkpoints, not one of each")
-    from taut.apply import verify_checkpoints
+    from taut.on_disk import verify_checkpoints
 
     return verify_checkpoints(before, after, revision, trust_remote_code, _dtype(dtype), progress)
 

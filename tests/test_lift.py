@@ -1,11 +1,13 @@
 """Lifting of rope, attention and GLU: hand-counted on models, the same function in float64, and what is left alone."""
 
+import architectures
 import pytest
 import torch
 import torch.nn.functional as F
 from scales import hand_made, some, traced
 from torch import nn
 
+from taut.lift import lift
 from taut.ops.attention import attention
 from taut.ops.glu import glu
 from taut.ops.rope import rope
@@ -119,7 +121,7 @@ def angles(interleaved):
 )
 def test_every_spelling_of_rope_is_the_textbook_rotation(spelling, interleaved):
     cos, sin = angles(interleaved)
-    raw, lifted, inputs = hand_made(lambda m, x: spelling(x, cos, sin))
+    _, lifted, inputs = hand_made(lambda m, x: spelling(x, cos, sin))
     node = next(lifted.calls(rope))
     assert count(lifted, rope) == 1
     assert node.args[3] is interleaved
@@ -187,8 +189,6 @@ class Eager(nn.Module):
 def attend(between):
     generator = torch.Generator().manual_seed(4)
     inputs = {name: torch.randn(2, 4, 5, 8, generator=generator) for name in "qkv"}
-    from taut.lift import lift
-
     raw = trace(Eager(between).eval(), inputs)
     return raw, lift(raw), inputs
 
@@ -239,8 +239,6 @@ def test_a_sink_is_one_more_score_a_head():
         def forward(self, q, k, v):
             return with_sink(q, k, v, self.sinks)
 
-    from taut.lift import lift
-
     _, _, inputs = attend(lambda m, s: s * 0.5)
     raw = trace(Sinking(None).eval(), inputs)
     lifted = lift(raw)
@@ -257,3 +255,12 @@ def test_lifting_takes_no_site_from_fold_norm():
     assert [site.refused for site in fold_norm.find(lifted)] == [None]
     folded = fold_norm.apply(lifted)
     assert same(raw, folded, inputs) <= 1e-14
+
+
+def test_a_symbolic_trace_is_lifted_alike_and_runs_at_another_length():
+    """Nothing that lifting puts in may hold a length."""
+    model = architectures.build("gpt_neox")
+    raw = trace(model, architectures.inputs(model), symbolic=True)
+    lifted = lift(raw)
+    assert (count(lifted, rope), count(lifted, attention)) == WORDS["gpt_neox"][:2]
+    assert same(raw, lifted, architectures.inputs(model, batch=3, length=11)) <= 1e-12

@@ -243,7 +243,7 @@ def test_random_graphs_find_no_claim_that_is_false(first):
         for name, true in before.items():
             assert (now[name] - true).abs().max() <= 1e-12 * max(1.0, true.abs().max()), (seed, name)
         claimed += run_claims(after, inputs)
-    assert min(applied, refused, claimed) > 50, (applied, refused, claimed)
+    assert min(applied, refused, claimed) > 30, (applied, refused, claimed)
 
 
 def run_claims(graph, inputs):

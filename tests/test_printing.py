@@ -1,6 +1,7 @@
 """The printed graph: a layer in about a dozen lines, alike layers once, facts beside the nodes."""
 
 import copy
+import itertools
 import re
 
 import architectures
@@ -49,10 +50,9 @@ def test_a_llama_layer_is_fifteen_lines():
 
 
 def test_layers_that_are_alike_are_printed_once():
-    sizes = dict(num_hidden_layers=5)
     model = architectures.build("llama")
     config = copy.deepcopy(model.config)
-    config.num_hidden_layers = sizes["num_hidden_layers"]
+    config.num_hidden_layers = 5
     config.layer_types = None
     deep = type(model)(config).eval()
     printed = text(lift(trace(deep, architectures.inputs(deep))))
@@ -89,7 +89,7 @@ def test_module_paths_stand_where_they_change():
     lines = text(traced("llama")[1]).splitlines()
     paths = [found[1] for line in lines if (found := re.search(r"\]  +(\S+)$", line))]
     assert paths[:5] == ["model", "model.rotary_emb", "model.layers.0", "model.layers.0.self_attn", "model.layers.0"]
-    assert all(a != b for a, b in zip(paths, paths[1:], strict=False))
+    assert all(a != b for a, b in itertools.pairwise(paths))
 
 
 def test_facts_stand_in_columns():

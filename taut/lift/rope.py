@@ -81,7 +81,7 @@ def _complex(graph: Graph, node: fx.Node) -> fx.Node | None:
             and isinstance(table, fx.Node)
             and shape(pairs) == shape(product)
         ):
-            x = graph.insert(aten.reshape.default, (pairs.args[0], list(shape(node))), node)
+            x = graph.insert(aten.flatten.using_ints, (pairs.args[0], -2), node)
             parts = graph.insert(aten.view_as_real.default, (table,), node)
             tables = [graph.insert(aten.select.int, (parts, -1, i), node) for i in (0, 1)]
             tables = [graph.insert(aten.repeat_interleave.self_int, (part, 2, -1), node) for part in tables]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -47,6 +51,10 @@ def tag(t: Tensor | None):
 
 def threads(nbytes: int) -> int:
     """How many threads should share work that moves so many bytes."""
-    from taut.ops._numba.parallel import HAS_OPENMP
+    return 1 if nbytes < ONE_THREAD or not kernel("parallel", "HAS_OPENMP") else torch.get_num_threads()
 
-    return torch.get_num_threads() if nbytes >= ONE_THREAD and HAS_OPENMP else 1
+
+@cache
+def kernel(module: str, name: str) -> Any:
+    """A kernel of `_numba`, imported at its first use, since numba takes half a second to import."""
+    return getattr(import_module(f"taut.ops._numba.{module}"), name)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from taut.op import Reason, nbytes
-from taut.ops._cpu import FLOATS, address, refusal, tag, threads
+from taut.ops._cpu import FLOATS, address, kernel, refusal, tag, threads
 from taut.ops._weights import GROUP
 
 MOST_TOKENS = 16
@@ -41,13 +41,12 @@ def matvec(
     squares: Tensor | None = None,
 ) -> Tensor:
     """x weight^T + bias + residual, of rms_norm(x, gain, eps) where eps is given; `squares` takes the sums of y^2."""
-    from taut.ops._numba.products import linear as run
-
     n, k = weight.shape[0], x.shape[-1]
     tokens = x.numel() // k
     y = x.new_empty(*x.shape[:-1], n)
     read = address(x), address(weight), address(scale), address(gain), address(bias), address(residual)
     written = address(y), address(squares)
     tags = tag(x), tag(weight), tag(scale), tag(gain), tag(bias)
-    run(*read, *written, tokens, k, n, eps is not None, eps or 0.0, threads(nbytes(weight)), *tags)
+    sizes = tokens, k, n, eps is not None, eps or 0.0, threads(nbytes(weight))
+    kernel("products", "linear")(*read, *written, *sizes, *tags)
     return y

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from taut.op import Reason, Work, nbytes, op
-from taut.ops._cpu import address, refusal, tag, threads
+from taut.ops._cpu import address, kernel, refusal, tag, threads
 from taut.ops.rms_norm import rms_norm
 
 
@@ -46,9 +46,7 @@ def _fits(x, residual, gain=None, eps=1e-6) -> Reason:
 
 @add_rms_norm.impl("numba", when=_fits, opaque=True)
 def _(x: Tensor, residual: Tensor, gain: Tensor | None = None, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    from taut.ops._numba.norms import add_rms_norm as run
-
     y, total, d = torch.empty_like(x), torch.empty_like(x), x.shape[-1]
     places = address(x), address(residual), address(gain), address(y), address(total)
-    run(*places, x.numel() // d, d, eps, threads(4 * nbytes(x)), tag(x), tag(gain))
+    kernel("norms", "add_rms_norm")(*places, x.numel() // d, d, eps, threads(4 * nbytes(x)), tag(x), tag(gain))
     return y, total

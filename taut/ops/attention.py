@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from taut.op import Reason, Work, nbytes, op
-from taut.ops._cpu import FLOATS, address, refusal, tag, threads
+from taut.ops._cpu import FLOATS, address, kernel, refusal, tag, threads
 from taut.ops._wide import wide
 
 
@@ -138,8 +138,6 @@ def _(
     sinks: Tensor | None = None,
     alibi: Tensor | None = None,
 ) -> Tensor:
-    from taut.ops._numba.decode import attention as run
-
     (batch, heads, _, d), (_, kv_heads, keys, dv) = q.shape, v.shape
     lowest = 0 if window is None else max(0, keys - window)
     step = max(CHUNK, -(-(keys - lowest) // MOST_CHUNKS))
@@ -157,7 +155,7 @@ def _(
         address(alibi),
     )
     factors = (d**-0.5 if scale is None else scale, softcap or 0.0)
-    run(*places, *sizes, *factors, *extras, threads(nbytes(k, v)), tag(q), tag(k), tag(mask))
+    kernel("decode", "attention")(*places, *sizes, *factors, *extras, threads(nbytes(k, v)), tag(q), tag(k), tag(mask))
     return y
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from taut.op import Reason, Work, nbytes, op
-from taut.ops._cpu import address, refusal, tag, threads
+from taut.ops._cpu import address, kernel, refusal, tag, threads
 from taut.ops._wide import wide
 
 
@@ -53,9 +53,7 @@ def _fits(x, gain=None, bias=None, eps=1e-5) -> Reason:
 
 @layer_norm.impl("numba", when=_fits, opaque=True)
 def _(x: Tensor, gain: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    from taut.ops._numba.norms import layer_norm as run
-
     y, d = torch.empty_like(x), x.shape[-1]
     places = address(x), address(gain), address(bias), address(y)
-    run(*places, x.numel() // d, d, eps, threads(2 * nbytes(x)), tag(x), tag(gain), tag(bias))
+    kernel("norms", "layer_norm")(*places, x.numel() // d, d, eps, threads(2 * nbytes(x)), tag(x), tag(gain), tag(bias))
     return y

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from taut.op import Reason, Work, nbytes, op
 from taut.ops._activation import ACTIVATIONS, activation
-from taut.ops._cpu import address, tag, threads
+from taut.ops._cpu import address, kernel, tag, threads
 from taut.ops._matvec import refuses_product
 from taut.ops._weights import dequantize, quantize
 from taut.ops._wide import wide
@@ -82,13 +82,11 @@ def _(
     gate_scale: Tensor | None = None,
     up_scale: Tensor | None = None,
 ) -> Tensor:
-    from taut.ops._numba.products import ACTS
-    from taut.ops._numba.products import norm_glu as run
-
     n, k = gate.shape[0], x.shape[-1]
-    tokens, parts = x.numel() // k, threads(nbytes(gate, up))
+    tokens = x.numel() // k
     y = x.new_empty(*x.shape[:-1], n)
     weights = address(gate), address(gate_scale), address(up), address(up_scale)
     tags = tag(x), tag(gate), tag(gate_scale), tag(gain)
-    run(address(x), *weights, address(gain), address(y), tokens, k, n, eps, ACTS.index(act), parts, *tags)
+    options = eps, kernel("products", "ACTS").index(act), threads(nbytes(gate, up))
+    kernel("products", "norm_glu")(address(x), *weights, address(gain), address(y), tokens, k, n, *options, *tags)
     return y

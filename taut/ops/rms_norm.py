@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from taut.op import Reason, Work, nbytes, op
-from taut.ops._cpu import address, refusal, tag, threads
+from taut.ops._cpu import address, kernel, refusal, tag, threads
 from taut.ops._wide import wide
 
 
@@ -47,8 +47,7 @@ def _fits(x, gain=None, eps=1e-6) -> Reason:
 
 @rms_norm.impl("numba", when=_fits, opaque=True)
 def _(x: Tensor, gain: Tensor | None = None, eps: float = 1e-6) -> Tensor:
-    from taut.ops._numba.norms import rms_norm as run
-
     y, d = torch.empty_like(x), x.shape[-1]
-    run(address(x), address(gain), address(y), x.numel() // d, d, eps, threads(2 * nbytes(x)), tag(x), tag(gain))
+    places = address(x), address(gain), address(y)
+    kernel("norms", "rms_norm")(*places, x.numel() // d, d, eps, threads(2 * nbytes(x)), tag(x), tag(gain))
     return y

@@ -2,7 +2,6 @@
 
 import pytest
 import scales
-import torch
 import torch.nn.functional as F
 from scales import L, hand_made
 from torch import nn

@@ -12,30 +12,30 @@ from numba import njit
 
 from taut.ops._numba.parallel import shared
 from taut.ops._numba.scalar import JIT, array, down, exp, span, tanh, up
-from taut.ops._numba.simd import blend, dots, peak
+from taut.ops._numba.simd import blend, dots, peak, tile
 
 HIDDEN = nb.float32(-np.inf)
 
 
 @njit(**JIT)
-def score(q, group, d, k, k_stride, first, last, scores, k_tag):
-    """scores[h, j - first] = q[h] . k[j]"""
-    room = np.empty(4, np.float32)
-    to, stride = room.ctypes.data, 4 * d
+def score(q, group, d, k, k_stride, count, scores, stride, k_tag):
+    """scores[h, j] = q[h] . k[j]; the rows of scores are `stride` bytes apart."""
+    whole = count // 4 * 4 if d % 16 == 0 else 0
     for h in range(0, group, 4):
-        x, some = q + h * stride, min(4, group - h)
-        for j in range(first, last):
-            row = k + j * k_stride
+        x, to, some = q + h * 4 * d, scores + h * stride, min(4, group - h)
+        for j in range(0, whole, 4):
+            rows, at = k + j * k_stride, to + 4 * j
             if some == 4:
-                dots(k_tag, 4, row, x, stride, d, to)
+                tile(k_tag, 4, x, 4 * d, rows, k_stride, d, at, stride)
             elif some == 3:
-                dots(k_tag, 3, row, x, stride, d, to)
+                tile(k_tag, 3, x, 4 * d, rows, k_stride, d, at, stride)
             elif some == 2:
-                dots(k_tag, 2, row, x, stride, d, to)
+                tile(k_tag, 2, x, 4 * d, rows, k_stride, d, at, stride)
             else:
-                dots(k_tag, 1, row, x, stride, d, to)
-            for i in range(some):
-                scores[h + i, j - first] = room[i]
+                tile(k_tag, 1, x, 4 * d, rows, k_stride, d, at, stride)
+        for j in range(whole, count):
+            for t in range(some):
+                dots(k_tag, 1, k + j * k_stride, x + t * 4 * d, 0, d, to + t * stride + 4 * j)
 
 
 @njit(**JIT)
@@ -128,14 +128,14 @@ def chunk(q, group, d, k, k_stride, v, v_stride, dv, keys, first, last, cap, ali
     if mask and mask_stride == 0 and not additive and unseen(mask + first * size, count, mask_tag):
         peaks[:], totals[:] = HIDDEN, 0
         return
-    score(q, group, d, k, k_stride, first, last, scores, k_tag)
+    stride = 4 * scores.shape[1]
+    score(q, group, d, k + first * k_stride, k_stride, count, scores.ctypes.data, stride, k_tag)
     slopes = array(alibi, head + group, np.float32(0))
     for h in range(group):
         slope = slopes[head + h] if alibi else nb.float32(0)
         marks = mask + h * mask_stride + first * size if mask else 0
         adjust(scores[h, :count], keys - 1 - first, cap, slope, marks, additive, mask_tag)
         peaks[h], totals[h] = weigh(scores[h, :count])
-    stride = 4 * scores.shape[1]
     add_rows(scores.ctypes.data, stride, group, v + first * v_stride, v_stride, dv, count, out.ctypes.data, k_tag)
 
 

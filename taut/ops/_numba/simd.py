@@ -144,6 +144,55 @@ def dots_int4(_typing, count, row, scales, x, stride, groups, out):
     return types.void(count, *[types.int64] * 6), generate
 
 
+def pairwise(builder: Any, a: Any, b: Any, low: list[int], high: list[int]) -> Any:
+    """The lanes that `low` picks from a and b together, plus those that `high` picks."""
+    picked = [ir.Constant(ir.VectorType(INT32, LANES), [ir.Constant(INT32, n) for n in lanes]) for lanes in (low, high)]
+    return builder.fadd(*(builder.shuffle_vector(a, b, lanes) for lanes in picked), flags=FUSE)
+
+
+def totals(builder: Any, vectors: list[Any]) -> Any:
+    """The sums of the lanes of 16 vectors, as one vector; a tree that costs three instructions a vector."""
+    quads = [range(q, q + 4) for q in range(0, LANES, 4)]
+    mix = lambda order: [q[n % 4] + LANES * (n // 4) for q in quads for n in order]  # noqa: E731
+    rounds = [
+        (mix((0, 4, 1, 5)), mix((2, 6, 3, 7))),
+        (mix((0, 1, 4, 5)), mix((2, 3, 6, 7))),
+        ([*range(0, 8), *range(16, 24)], [*range(8, 16), *range(24, 32)]),
+        ([*range(0, 4), *range(8, 12), *range(16, 20), *range(24, 28)],
+         [*range(4, 8), *range(12, 16), *range(20, 24), *range(28, 32)]),
+    ]  # fmt: skip
+    for low, high in rounds:
+        vectors = [pairwise(builder, a, b, low, high) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
+    return vectors[0]
+
+
+@intrinsic(prefer_literal=True)
+def tile(_typing, tag, count, x, x_stride, rows, row_stride, k, out, out_stride):
+    """out[t, j] = x[t] . rows[j] for four rows and t below a constant `count` of at most 4; k is a multiple of 16."""
+    many, size = count.literal_value, BITS[types.unliteral(tag)] // 8
+
+    def generate(_context, builder, _signature, args):
+        _, _, x, x_stride, rows, row_stride, k, out, out_stride = args
+        sums = [zeros(builder, VECTOR, 4) for _ in range(many)]
+        with upto(builder, ir.Constant(WORD, 0), builder.sdiv(k, ir.Constant(WORD, LANES))) as loop:
+            start = builder.mul(loop.index, ir.Constant(WORD, LANES))
+            loaded = [
+                load(builder, at(builder, rows, (j, row_stride), (start, size)), types.unliteral(tag), LANES)
+                for j in range(4)
+            ]
+            for t in range(many):
+                value = load(builder, at(builder, x, (t, x_stride), (start, 4)), types.float32, LANES)
+                for j in range(4):
+                    multiply_add(builder, sums[t][j], loaded[j], value)
+        vectors = [builder.load(total) for row in sums for total in row]
+        whole = totals(builder, vectors + [splat(VECTOR, 0.0)] * (LANES - len(vectors)))
+        for t in range(many):
+            quarter = ir.Constant(ir.VectorType(INT32, 4), [ir.Constant(INT32, 4 * t + j) for j in range(4)])
+            store(builder, builder.shuffle_vector(whole, whole, quarter), at(builder, out, (t, out_stride)))
+
+    return types.void(tag, count, *[types.int64] * 7), generate
+
+
 @intrinsic(prefer_literal=True)
 def blend(_typing, tag, count, blocks, weights, stride, rows, row_stride, start, stop, out, out_stride):
     """out[t] += sum over j of weights[t, j] rows[j], for t below a constant `count`, over 16 `blocks` features.

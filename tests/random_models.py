@@ -1,0 +1,741 @@
+"""Random small transformers as plain modules, for hypothesis: what a model is drawn from, and the model.
+
+A `Spec` says everything and prints as the counterexample; parameters are made when they are first used, so that an
+operation may need any shape. Norms, linear layers and embeddings are ordinary `nn` modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+VOCAB, HEADS = 13, 2
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Operations in a row, each with a number that says how; `start` is what it reads, `end` what becomes of it."""
+
+    start: str
+    ops: tuple[tuple[str, int], ...]
+    end: str
+
+
+@dataclass(frozen=True)
+class Block:
+    placement: str
+    norm: str
+    mixer: str
+    mlp: str
+    chains: tuple[Chain, ...] = ()
+    kv_heads: int = HEADS
+    rope: str = ""
+    qk_norm: str = ""
+    fused: bool = False
+    window: bool = False
+    spelled: bool = False
+    softcap: bool = False
+    biases: int = 0
+    norm_of: int | None = None
+    weights_of: int | None = None
+    times: int = 1
+    multiplier: float = 1.0
+
+
+@dataclass(frozen=True)
+class Spec:
+    blocks: tuple[Block, ...]
+    final_norm: str = "rms"
+    tied: bool = False
+    positions: str = ""
+    returns: tuple[str, ...] = ()
+    padding: bool = False
+    width: int = 8
+    length: int = 6
+    batch: int = 2
+    eps: float = 1e-5
+    head_bias: bool = False
+    untouched: bool = False
+
+
+class Model(nn.Module):
+    """The transformer that a Spec describes; `example` are inputs for it."""
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.weights, self.parts = nn.ParameterDict(), nn.ModuleDict()
+        self.generator = torch.Generator().manual_seed(0)
+        self.example = _example(spec)
+        with torch.no_grad():
+            self(**self.example)
+        self.eval()
+
+    def weight(self, key: str, *size: int, mean: float = 0.0) -> Tensor:
+        if key not in self.weights:
+            noise = torch.randn(size, generator=self.generator)
+            scale = 0.4 if len(size) < 2 else 1.0 / size[-1] ** 0.5
+            self.weights[key] = nn.Parameter(mean + scale * noise)
+        return self.weights[key]
+
+    def part(self, key: str, make: Callable[[], nn.Module]) -> nn.Module:
+        key = key.replace(".", "_")
+        if key not in self.parts:
+            part = make().eval()
+            with torch.no_grad():
+                for parameter in part.parameters():
+                    noise = torch.randn(parameter.shape, generator=self.generator)
+                    vector = parameter.ndim < 2
+                    parameter.copy_(parameter + 0.4 * noise if vector else noise / parameter.shape[-1] ** 0.5)
+            self.parts[key] = part
+        return self.parts[key]
+
+    def linear(self, key: str, x: Tensor, out: int, bias: bool = False) -> Tensor:
+        return self.part(key, lambda: nn.Linear(x.shape[-1], out, bias=bias))(x)
+
+    def norm(self, key: str, kind: str, x: Tensor) -> Tensor:
+        return self.part(f"{key}_{kind}_{x.shape[-1]}", lambda: NORMS[kind](x.shape[-1], self.spec.eps))(x)
+
+    def forward(self, ids: Tensor, mask: Tensor, picks: Tensor, memory: Tensor) -> dict[str, Tensor]:
+        spec, self.outputs = self.spec, {}
+        self.mask, self.picks, self.memory = mask, picks, memory
+        table = self.weight("table", VOCAB, spec.width)
+        x = F.embedding(ids, table)
+        if spec.positions == "learned":
+            x = x + self.weight("positions", 2 * spec.length, spec.width)[: spec.length]
+        elif spec.positions == "fixed":
+            x = x + torch.linspace(-1, 1, spec.length)[:, None] * torch.linspace(0, 1, spec.width)
+        for i, block in enumerate(spec.blocks):
+            for again in range(block.times):
+                x = self.block(f"b{i}", i, block, x, again)
+        if "stream" in spec.returns:
+            self.outputs["stream"] = x
+        y = self.norm("final", spec.final_norm, x) if spec.final_norm else x
+        if "hidden" in spec.returns:
+            self.outputs["hidden"] = y
+        if "pooled" in spec.returns:
+            self.outputs["pooled"] = torch.tanh(self.linear("pooler", y[:, 0], spec.width, bias=True))
+        head = table if spec.tied else self.weight("head", VOCAB, spec.width)
+        bias = self.weight("head_bias", VOCAB) if spec.head_bias else None
+        return {"logits": F.linear(y, head, bias), **self.outputs}
+
+    def block(self, key: str, number: int, block: Block, x: Tensor, again: int) -> Tensor:
+        norm_key = f"b{block.norm_of % (number + 1)}" if block.norm_of is not None else key
+        layer = f"b{block.weights_of % (number + 1)}" if block.weights_of is not None else key
+        scale = block.multiplier
+
+        def norm(which: str, value: Tensor) -> Tensor:
+            return self.norm(f"{norm_key}_{which}", block.norm, value)
+
+        def mix(y: Tensor) -> Tensor:
+            return MIXERS[block.mixer](self, f"{layer}_{block.mixer}_{block.kv_heads}", block, y)
+
+        def mlp(y: Tensor) -> Tensor:
+            return MLPS[block.mlp](self, f"{layer}_{block.mlp}", block, y)
+
+        if block.placement == "pre":
+            y = norm("one", x)
+            mixed = mix(y)
+            x = x + scale * mixed
+            z = norm("two", x)
+            x = x + mlp(z)
+        elif block.placement == "post":
+            mixed = mix(x)
+            y = norm("one", x + mixed)
+            z = norm("two", y + scale * mlp(y))
+            x = z
+        elif block.placement == "sandwich":
+            y = norm("one", x)
+            mixed = mix(y)
+            x = x + norm("after", mixed)
+            z = norm("two", x)
+            x = x + norm("last", scale * mlp(z))
+        else:
+            y = z = norm("one", x)
+            mixed = mix(y)
+            x = x + mixed + scale * mlp(y)
+        values = {"norm": y, "second": z, "mixed": mixed, "stream": x}
+        for j, chain in enumerate(block.chains):
+            x = self.chain(f"{key}_c{j}", chain, values[chain.start], x, f"out{number}{j}{again}")
+        return x
+
+    def chain(self, key: str, chain: Chain, value: Tensor, stream: Tensor, output: str) -> Tensor:
+        for i, (op, how) in enumerate(chain.ops):
+            value = OPS[op](self, f"{key}_{i}{op}", value, how, stream)
+        if chain.end == "output":
+            self.outputs[output] = value
+        elif chain.end == "raw" and value.shape[-1] in (1, stream.shape[-1]) and value.ndim == 3:
+            fits = all(v in (1, s) for v, s in zip(value.shape, stream.shape, strict=True))
+            stream = stream + value if fits else stream + value.mean()
+        elif value.ndim == 3 and value.shape[:2] == stream.shape[:2]:
+            stream = stream + self.linear(f"{key}_out", value, stream.shape[-1])
+        elif value.ndim >= 2 and value.shape[0] == stream.shape[0]:
+            stream = stream + self.linear(f"{key}_out", value.flatten(1), stream.shape[-1])[:, None]
+        else:
+            stream = stream + value.mean()
+        return stream
+
+
+def _example(spec: Spec) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    size = (spec.batch, spec.length)
+    mask = torch.ones(size, dtype=torch.bool)
+    if spec.padding:
+        mask[-1, -2:] = False
+    return {
+        "ids": torch.randint(0, VOCAB, size, generator=generator),
+        "mask": mask,
+        "picks": torch.randint(0, spec.length, size, generator=generator),
+        "memory": torch.randn(spec.batch, 3, spec.width, generator=generator),
+    }
+
+
+class Rms(nn.Module):
+    """RMSNorm by hand; `spelling` is how."""
+
+    def __init__(self, size: int, eps: float, spelling: str) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.zeros(size) if spelling == "1+w" else torch.ones(size))
+        self.eps, self.spelling = eps, spelling
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float() if self.spelling != "own dtype" else x
+        if self.spelling == "divides":
+            normed = wide / (wide.square().mean(-1, keepdim=True) + self.eps).sqrt()
+        elif self.spelling == "product":
+            normed = torch.reciprocal(torch.sqrt(self.eps + (wide * wide).mean(dim=-1, keepdim=True))) * wide
+        else:
+            normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        gain = {"1+w": 1.0 + self.gain.float(), "half": 0.5 * self.gain}.get(self.spelling, self.gain)
+        return (gain * normed).to(x.dtype)
+
+
+class Layer(nn.Module):
+    """LayerNorm by hand; the variance over the wrong axis, or of another degree of freedom, is no LayerNorm."""
+
+    def __init__(self, size: int, eps: float, spelling: str) -> None:
+        super().__init__()
+        self.gain, self.bias = nn.Parameter(torch.ones(size)), nn.Parameter(torch.zeros(size))
+        self.eps, self.spelling = eps, spelling
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        if self.spelling == "unbiased":
+            spread = x.var(-1, keepdim=True) if x.shape[-1] > 1 else torch.ones_like(x)
+        elif self.spelling == "over tokens":
+            spread = centred.pow(2).mean(0, keepdim=True)
+        elif self.spelling == "var":
+            spread = x.var(-1, keepdim=True, unbiased=False)
+        else:
+            spread = centred.pow(2).mean(-1, keepdim=True)
+        return centred * torch.rsqrt(spread + self.eps) * self.gain + self.bias
+
+
+class Dyt(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.full((1,), 0.5))
+        self.gain, self.bias = nn.Parameter(torch.ones(size)), nn.Parameter(torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.alpha * x) * self.gain + self.bias
+
+
+class Tied(nn.Module):
+    """A LayerNorm whose bias is its gain."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.gain, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], self.gain, self.gain, self.eps)
+
+
+class Odd(nn.Module):
+    """Gains that are no affine function of a parameter, or of one parameter."""
+
+    def __init__(self, size: int, eps: float, kind: str) -> None:
+        super().__init__()
+        self.gain, self.eps, self.kind = nn.Parameter(torch.ones(size)), eps, kind
+        self.second = nn.Parameter(torch.ones(size))
+        self.register_buffer("mask", torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gain = {
+            "rounded": lambda: (4 * self.gain).round() / 4,
+            "whole": lambda: self.gain.to(torch.int32).to(x.dtype),
+            "clamped": lambda: self.gain.clamp(-0.8, 1.2),
+            "flipped": lambda: self.gain.flip(0),
+            "two": lambda: self.gain * self.second,
+            "buffer": lambda: self.gain + self.mask,
+            "input": lambda: self.gain + x[0, 0].mean(),
+            "one": lambda: self.gain[:1].expand(x.shape[-1]),
+            "row": lambda: self.gain[None, None],
+        }[self.kind]()
+        return F.rms_norm(x, x.shape[-1:], None, self.eps) * gain
+
+
+NORMS: dict[str, Callable[[int, float], nn.Module]] = {
+    "rms": lambda n, eps: nn.RMSNorm(n, eps=eps),
+    "layer": lambda n, eps: nn.LayerNorm(n, eps=eps),
+    "layer without bias": lambda n, eps: nn.LayerNorm(n, eps=eps, bias=False),
+    "rms without gain": lambda n, eps: nn.RMSNorm(n, eps=eps, elementwise_affine=False),
+    "layer without gain": lambda n, eps: nn.LayerNorm(n, eps=eps, elementwise_affine=False),
+    "dyt": Dyt,
+    "tied": Tied,
+    **{f"rms {s}": lambda n, eps, s=s: Rms(n, eps, s) for s in ("1+w", "half", "divides", "product", "own dtype")},
+    **{f"layer {s}": lambda n, eps, s=s: Layer(n, eps, s) for s in ("plain", "var", "unbiased", "over tokens")},
+    **{
+        f"odd {k}": lambda n, eps, k=k: Odd(n, eps, k)
+        for k in ("rounded", "whole", "clamped", "flipped", "two", "buffer", "input", "one", "row")
+    },
+}
+USUAL = ("rms", "layer", "layer without bias", "rms 1+w", "rms divides", "rms product", "layer plain", "layer var", "dyt")
+
+
+def _rotate(x: Tensor, kind: str) -> Tensor:
+    """Rotary positions along the second last axis."""
+    size = x.shape[-1] // 2 if kind == "partial" else x.shape[-1]
+    angles = torch.arange(x.shape[-2])[:, None] / 10.0 ** (torch.arange(size // 2) / size)
+    part = x[..., :size]
+    if kind == "interleaved":
+        cos, sin = angles.cos().repeat_interleave(2, -1), angles.sin().repeat_interleave(2, -1)
+        turned = torch.stack((-part[..., 1::2], part[..., ::2]), -1).flatten(-2)
+    else:
+        cos, sin = torch.cat((angles, angles), -1).cos(), torch.cat((angles, angles), -1).sin()
+        turned = torch.cat((-part[..., size // 2 :], part[..., : size // 2]), -1)
+    part = part * cos.to(x.dtype) + turned * sin.to(x.dtype)
+    return torch.cat((part, x[..., size:]), -1) if kind == "partial" else part
+
+
+def _attention(m: Model, key: str, b: Block, y: Tensor, memory: Tensor | None = None) -> Tensor:
+    size, heads, kv = y.shape[-1] // HEADS, HEADS, b.kv_heads
+    biased = bool(b.biases & 1)
+    if b.fused and memory is None:
+        widths = [heads * size, kv * size, kv * size]
+        q, k, v = m.linear(f"{key}_qkv", y, sum(widths), biased).split(widths, -1)
+    else:
+        source = y if memory is None else memory
+        q = m.linear(f"{key}_q", y, heads * size, biased)
+        k = m.linear(f"{key}_k", source, kv * size, bool(b.biases & 2))
+        v = m.linear(f"{key}_v", source, kv * size, biased)
+    q, k, v = (t.unflatten(-1, (-1, size)) for t in (q, k, v))
+    if b.qk_norm:
+        q, k = m.norm(f"{key}_qn", b.qk_norm, q), m.norm(f"{key}_kn", b.qk_norm, k)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    if b.rope and memory is None:
+        q, k = _rotate(q, b.rope), _rotate(k, b.rope)
+    k, v = (t.repeat_interleave(heads // kv, 1) for t in (k, v))
+    allowed = m.mask[:, None, None] if memory is None else torch.ones((), dtype=torch.bool)
+    if b.window:
+        place = torch.arange(k.shape[2])
+        near = place[: q.shape[2], None] - place[None]
+        allowed = allowed & ((near >= 0) & (near < 3) if memory is None else near < 3)
+    if b.spelled or b.softcap:
+        scores = q @ k.transpose(-1, -2) * size**-0.5
+        scores = 2.0 * torch.tanh(scores / 2.0) if b.softcap else scores
+        out = scores.masked_fill(~allowed, torch.finfo(torch.float32).min).softmax(-1) @ v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, allowed.expand(q.shape[0], 1, q.shape[2], k.shape[2]))
+    return m.linear(f"{key}_o", out.transpose(1, 2).flatten(2), y.shape[-1], bool(b.biases & 4))
+
+
+def _cross(m: Model, key: str, b: Block, y: Tensor) -> Tensor:
+    return _attention(m, key, b, y, m.memory) + 0.0 * y
+
+
+def _conv(m: Model, key: str, b: Block, y: Tensor, groups: int = 1) -> Tensor:
+    size, bias = y.shape[-1], bool(b.biases & 1)
+    layer = m.part(key, lambda: nn.Conv1d(size, size, 3, padding=1, groups=groups, bias=bias))
+    return m.linear(f"{key}_o", layer(y.mT).mT, size, bool(b.biases & 4))
+
+
+def _tokens(m: Model, key: str, b: Block, y: Tensor) -> Tensor:
+    mixing = m.weight(f"{key}_t", y.shape[1], y.shape[1])
+    return m.linear(f"{key}_o", mixing @ y, y.shape[-1], bool(b.biases & 4))
+
+
+MIXERS = {
+    "attention": _attention,
+    "cross": _cross,
+    "conv": _conv,
+    "depthwise": lambda m, key, b, y: _conv(m, key, b, y, y.shape[-1]),
+    "tokens": _tokens,
+}
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "relu2": lambda t: F.relu(t).square(),
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "none": lambda t: t,
+    "ten": lambda t: 10.0 - F.relu(10.0 - F.relu(t)),
+}
+
+
+def _mlp(act: str) -> Callable[[Model, str, Block, Tensor], Tensor]:
+    def run(m: Model, key: str, b: Block, y: Tensor) -> Tensor:
+        hidden = ACTIVATIONS[act](m.linear(f"{key}_up", y, 12, bool(b.biases & 8)))
+        return m.linear(f"{key}_down", hidden, y.shape[-1], bool(b.biases & 16))
+
+    return run
+
+
+def _glu(act: str) -> Callable[[Model, str, Block, Tensor], Tensor]:
+    def run(m: Model, key: str, b: Block, y: Tensor) -> Tensor:
+        if b.fused:
+            gate, up = m.linear(f"{key}_gate_up", y, 24, bool(b.biases & 8)).chunk(2, -1)
+        else:
+            gate, up = m.linear(f"{key}_gate", y, 12, bool(b.biases & 8)), m.linear(f"{key}_up", y, 12)
+        return m.linear(f"{key}_down", ACTIVATIONS[act](gate) * up, y.shape[-1], bool(b.biases & 16))
+
+    return run
+
+
+def _experts(m: Model, key: str, b: Block, y: Tensor) -> Tensor:
+    """Every expert computed for every token; a router with groups says how much of each."""
+    scores = m.linear(f"{key}_router", y, 4, bool(b.biases & 8))
+    scores = scores.sigmoid() if b.biases & 16 else scores.softmax(-1)
+    groups = scores.unflatten(-1, (2, 2)).sum(-1)
+    best = groups.topk(1, -1).indices
+    allowed = torch.zeros_like(groups).scatter(-1, best, 1.0).repeat_interleave(2, -1)
+    chosen = (scores * allowed).topk(2, -1)
+    share = torch.zeros_like(scores).scatter(-1, chosen.indices, chosen.values)
+    up, down = m.weight(f"{key}_up", 4, y.shape[-1], 10), m.weight(f"{key}_down", 4, 10, y.shape[-1])
+    hidden = F.silu(torch.matmul(y[:, None], up))
+    return (torch.matmul(hidden, down) * share.mT[..., None]).sum(1)
+
+
+MLPS = {name: _mlp(name) for name in ACTIVATIONS} | {f"{name} glu": _glu(name) for name in ACTIVATIONS}
+MLPS["experts"] = _experts
+
+
+Operation = Callable[[Model, str, Tensor, int, Tensor], Tensor]
+
+
+def _axis(x: Tensor, how: int) -> int:
+    return how % x.ndim
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    half = max(1, x.shape[-1] // 2)
+    return x[..., :half], x[..., -half:]
+
+
+def _windows(m: Model, key: str, x: Tensor, how: int, groups: int) -> Tensor:
+    if x.ndim != 3:
+        return x
+    make = lambda: nn.Conv1d(x.shape[-1], x.shape[-1], 1 + how % 3, padding=how // 3 % 2, groups=groups, bias=how > 3)  # noqa: E731
+    padded = x if x.shape[1] >= 3 else x.repeat(1, 3, 1)
+    return m.part(key, make)(padded.mT).mT
+
+
+def _scaled_weight(m: Model, key: str, x: Tensor, how: int, _: Tensor) -> Tensor:
+    weight = m.weight(key, 6, x.shape[-1])
+    bias = m.weight(f"{key}_bias", 6) if how % 2 else None
+    spelling = (weight * 0.5, weight / 3, weight.clone(), weight.t().contiguous().t(), weight.to(torch.bfloat16).to(x.dtype))
+    return F.linear(x, spelling[how % 5], bias if bias is None or how % 3 else bias * 0.5)
+
+
+def _partial_weight(m: Model, key: str, x: Tensor, how: int, _: Tensor) -> Tensor:
+    weight, bias, n = m.weight(key, 8, x.shape[-1]), m.weight(f"{key}_bias", 8), x.shape[-1]
+    if how == 0:
+        return F.linear(x, weight[:4], bias[:4])
+    if how == 1:
+        return F.linear(x, weight[:4], bias[:4]) * F.linear(x, weight[4:], bias[4:])
+    if how == 2:
+        return F.linear(x[..., : n // 2], weight[:, : n // 2]) + F.linear(x[..., n // 2 :], weight[:, n // 2 :])
+    if how == 3:
+        return F.linear(x, weight[:4], bias[4:])
+    if how == 4:
+        return F.linear(x, weight[::2]) + F.linear(x.abs(), weight[1::2])
+    return F.linear(x, weight.flip(1), bias.flip(0))
+
+
+def _tied_weight(m: Model, key: str, x: Tensor, how: int, stream: Tensor) -> Tensor:
+    n = x.shape[-1]
+    weight = m.weight(key, n, n)
+    if how == 0:
+        return F.linear(F.linear(x, weight), weight.t())
+    if how == 1:
+        return F.linear(x, weight, weight[0])
+    if how == 2:
+        return F.linear(x, weight) + weight[0]
+    if how == 3:
+        return F.linear(x, weight) + weight[:, 0] * x
+    if how == 4 and n == stream.shape[-1]:
+        return F.linear(x, weight) + F.linear(stream, weight)
+    return F.linear(x, weight.t(), weight[:, 0])
+
+
+def _one_bias(m: Model, key: str, x: Tensor, how: int, _: Tensor) -> Tensor:
+    weight, bias = m.weight(key, x.shape[-1], 6), m.weight(f"{key}_bias", 1 if how % 2 else 6)
+    return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], 6)
+
+
+def _inplace(m: Model, key: str, x: Tensor, how: int, stream: Tensor) -> Tensor:
+    x = x.clone()
+    if how == 0:
+        x[:, 0] = 0.0
+    elif how == 1:
+        x[..., 0] *= 2.0
+    elif how == 2:
+        x.mul_(0.5)
+    elif how == 3:
+        x.relu_()
+    elif how == 4:
+        x[:, 1:] += x[:, :-1].clone()
+    else:
+        x[..., : x.shape[-1] // 2] = 1.0
+    return x
+
+
+def _pick(m: Model, key: str, x: Tensor, how: int, _: Tensor) -> Tensor:
+    if how == 0:
+        return x[:, -1]
+    if how == 1:
+        return x[:, ::2]
+    if how == 2 and x.ndim == 3 and x.shape[1] == m.picks.shape[1]:
+        return x.gather(1, m.picks[..., None].expand(*m.picks.shape, x.shape[-1]))
+    if how == 3 and x.shape[1] >= m.picks.shape[1]:
+        return x[:, m.picks[0]]
+    if how == 4 and x.ndim == 3 and x.shape[1] == m.picks.shape[1]:
+        return x[torch.arange(x.shape[0]), m.picks[:, 0]]
+    return x.index_select(-1, torch.arange(x.shape[-1]).flip(0))
+
+
+def _ranked(m: Model, key: str, x: Tensor, how: int, _: Tensor) -> Tensor:
+    axis = -1 if how % 2 else min(1, x.ndim - 1)
+    if how < 2:
+        return x.topk(min(2, x.shape[axis]), axis).values
+    if how < 4:
+        return x.sort(axis).values
+    best = x.argmax(axis)
+    return m.weight(key, x.shape[axis], 5)[best]
+
+
+def _joined(m: Model, key: str, x: Tensor, how: int, stream: Tensor) -> Tensor:
+    rolled = x.roll(1, min(1, x.ndim - 1))
+    return [
+        lambda: torch.cat([x, x], -1),
+        lambda: torch.cat([x, x.flip(-1)], -1),
+        lambda: torch.cat([x, rolled], -1),
+        lambda: torch.cat([x, x.abs()], -1),
+        lambda: torch.stack([x, rolled], -1).flatten(-2),
+        lambda: torch.cat([x, stream], -1) if x.shape[:-1] == stream.shape[:-1] else x,
+    ][how]()
+
+
+def _moved(m: Model, key: str, x: Tensor, how: int, _: Tensor) -> Tensor:
+    return [
+        lambda: x.roll(1, 1) if x.ndim > 1 else x,
+        lambda: x.roll(1, -1),
+        lambda: x.flip(-1),
+        lambda: x.transpose(-1, -2) if x.ndim > 1 else x,
+        lambda: x.unflatten(-1, (2, -1)) if x.shape[-1] % 2 == 0 and x.ndim < 5 else x,
+        lambda: x.flatten(-2) if x.ndim > 2 else x,
+        lambda: x.unsqueeze(-1).squeeze(-1),
+        lambda: x.unsqueeze(1).expand(x.shape[0], 2, *x.shape[1:]) if x.ndim < 4 else x,
+        lambda: x.transpose(0, 1) if x.ndim > 1 else x,
+        lambda: x.reshape(x.shape[0], x.shape[1] // 2, 2 * x.shape[2]) if x.ndim == 3 and x.shape[1] % 2 == 0 else x,
+        lambda: x[..., : max(1, x.shape[-1] // 2)],
+        lambda: x.unfold(1, 2, 1) if x.ndim == 3 and x.shape[1] > 1 else x,
+    ][how % 12]()
+
+
+def _reduced(m: Model, key: str, x: Tensor, how: int, _: Tensor) -> Tensor:
+    last, tokens = -1, min(1, x.ndim - 1)
+    return [
+        lambda: x.mean(tokens, keepdim=True),
+        lambda: x.mean(last, keepdim=True),
+        lambda: x.sum(last, keepdim=True).expand_as(x),
+        lambda: x - x.mean(last, keepdim=True),
+        lambda: x - x.mean(tokens, keepdim=True),
+        lambda: x.amax(last, keepdim=True) * x,
+        lambda: x.amax(tokens, keepdim=True),
+        lambda: x.cumsum(tokens),
+        lambda: x.mean(tokens) if x.ndim > 2 else x,
+        lambda: x / (x.square().sum(last, keepdim=True) + 1.0).sqrt(),
+        lambda: F.normalize(x, dim=last, eps=1e-3),
+        lambda: x.sum((0, last), keepdim=True).expand_as(x),
+    ][how % 12]()
+
+
+def _elementwise(m: Model, key: str, x: Tensor, how: int, stream: Tensor) -> Tensor:
+    return [
+        lambda: x.relu(),
+        lambda: x.abs(),
+        lambda: x.square(),
+        lambda: -x,
+        lambda: F.gelu(x),
+        lambda: x.sigmoid(),
+        lambda: 1.7 * x,
+        lambda: x + 0.3,
+        lambda: x.clamp(-1.0, 1.0),
+        lambda: x.clamp_min(0.0),
+        lambda: x.pow(3),
+        lambda: (x.abs() + 0.1).sqrt(),
+        lambda: F.leaky_relu(x, 0.2),
+        lambda: F.dropout(x, 0.5, False),
+        lambda: (4 * x).to(torch.int32).to(x.dtype),
+        lambda: x.to(torch.bfloat16).to(x.dtype),
+        lambda: x.softmax(-1),
+        lambda: x.softmax(1) if x.ndim > 1 else x,
+        lambda: 1.0 / (1.0 + x.abs()),
+        lambda: x.bool().to(x.dtype) + x.round(),
+        lambda: x.square().sqrt(),
+        lambda: x.square().reciprocal().clamp_max(50.0),
+    ][how % 22]()
+
+
+def _paired(m: Model, key: str, x: Tensor, how: int, stream: Tensor) -> Tensor:
+    one, two = _halves(x)
+    rolled = x.roll(1, min(1, x.ndim - 1))
+    return [
+        lambda: x + rolled,
+        lambda: x * rolled,
+        lambda: F.silu(one) * two,
+        lambda: one.relu() * two,
+        lambda: one * two,
+        lambda: one / (1.0 + two.abs()),
+        lambda: torch.maximum(one, two),
+        lambda: x * x,
+        lambda: x + x,
+        lambda: x @ x.mT if x.ndim > 2 else x,
+        lambda: (x[:, :, None] * x[:, None]).sum(2) if x.ndim == 3 else x,
+        lambda: x * stream if x.shape == stream.shape else x,
+        lambda: x + stream if x.shape == stream.shape else x,
+        lambda: x.softmax(-1) * x,
+        lambda: x * x.mean(-1, keepdim=True),
+        lambda: one * two.sigmoid(),
+        lambda: x.softmax(-1) @ x.mT.softmax(-1).mT if x.ndim == 3 and x.shape[1] == x.shape[2] else x,
+        lambda: x / x.abs().amax(-1, keepdim=True).clamp_min(0.1),
+    ][how % 18]()
+
+
+def _masked(m: Model, key: str, x: Tensor, how: int, stream: Tensor) -> Tensor:
+    if x.shape[:2] != m.mask.shape:
+        return x
+    mask = m.mask.view(*m.mask.shape, *[1] * (x.ndim - 2))
+    return [
+        lambda: x.masked_fill(~mask, 0.0),
+        lambda: x.masked_fill(~mask, 1.0),
+        lambda: x * mask,
+        lambda: torch.where(mask, x, 0.0),
+        lambda: torch.where(mask, x, -x),
+        lambda: torch.where(x > 0, x, 0.1 * x),
+    ][how]()
+
+
+def _parametric(m: Model, key: str, x: Tensor, how: int, _: Tensor) -> Tensor:
+    n = x.shape[-1]
+    return [
+        lambda: x + m.weight(key, n),
+        lambda: x * m.weight(key, n),
+        lambda: x * m.weight(key, 1),
+        lambda: x @ m.weight(key, n),
+        lambda: (x @ m.weight(key, n))[..., None],
+        lambda: m.weight(key, x.shape[-2], x.shape[-2]) @ x if x.ndim > 1 else x,
+        lambda: m.weight(key, x.shape[-2]) @ x if x.ndim > 2 else x,
+        lambda: torch.matmul(x, m.weight(key, x.shape[0], n, 5)) if x.ndim == 3 else x,
+        lambda: torch.bmm(x, m.weight(key, x.shape[0], n, 5)) if x.ndim == 3 else x,
+        lambda: x @ m.weight(key, n, 5),
+        lambda: torch.einsum("...i,oi->...o", x, m.weight(key, 5, n)),
+        lambda: F.prelu(x, m.weight(key, 1)),
+    ][how % 12]()
+
+
+def _attend(m: Model, key: str, x: Tensor, how: int, _: Tensor) -> Tensor:
+    if x.ndim != 3:
+        return x
+    if how % 2:
+        return F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])[:, 0]
+    return (x @ x.mT).softmax(-1) @ x
+
+
+OPS: dict[str, Operation] = {
+    "linear": lambda m, key, x, how, s: m.linear(key, x, (8, 6, 1)[how % 3], bias=how > 2),
+    "norm": lambda m, key, x, how, s: m.norm(key, (*USUAL, "rms without gain")[how % 10], x),
+    "conv": lambda m, key, x, how, s: _windows(m, key, x, how, 1),
+    "depthwise": lambda m, key, x, how, s: _windows(m, key, x, how, x.shape[-1]),
+    "scaled weight": _scaled_weight,
+    "partial weight": _partial_weight,
+    "tied weight": _tied_weight,
+    "one bias": _one_bias,
+    "inplace": _inplace,
+    "pick": _pick,
+    "rank": _ranked,
+    "join": _joined,
+    "move": _moved,
+    "reduce": _reduced,
+    "elementwise": _elementwise,
+    "pair": _paired,
+    "mask": _masked,
+    "parametric": _parametric,
+    "attend": _attend,
+    "rope": lambda m, key, x, how, s: (
+        _rotate(x, ("half", "interleaved", "partial")[how % 3]) if x.ndim > 1 and x.shape[-1] % 4 == 0 else x
+    ),
+}
+MANY = ("move", "reduce", "elementwise", "pair", "parametric", "norm")
+"""Operations with more than six ways."""
+
+
+@st.composite
+def chains(draw: st.DrawFn) -> Chain:
+    names = draw(st.lists(st.sampled_from([*OPS, "linear", "linear", "norm", "move"]), min_size=0, max_size=5))
+    ops = tuple((name, draw(st.integers(0, 23 if name in MANY else 5))) for name in names)
+    start = draw(st.sampled_from(["norm", "norm", "second", "mixed", "stream"]))
+    return Chain(start, ops, draw(st.sampled_from(["linear", "linear", "raw", "output"])))
+
+
+NORM_NAMES = st.sampled_from([*USUAL, *USUAL, *NORMS])
+
+
+@st.composite
+def blocks(draw: st.DrawFn) -> Block:
+    pick, flag = lambda *options: draw(st.sampled_from(options)), st.sampled_from([False, False, True])
+    return Block(
+        placement=pick("pre", "pre", "post", "sandwich", "parallel"),
+        norm=draw(NORM_NAMES),
+        mixer=pick("attention", "attention", *MIXERS),
+        mlp=pick(*MLPS),
+        chains=tuple(draw(st.lists(chains(), max_size=2))),
+        kv_heads=pick(1, 2),
+        rope=pick("", "half", "interleaved", "partial"),
+        qk_norm=pick("", "", "rms", "layer"),
+        fused=draw(flag),
+        window=draw(flag),
+        spelled=draw(flag),
+        softcap=draw(flag),
+        biases=draw(st.integers(0, 31)),
+        norm_of=pick(None, None, None, 0),
+        weights_of=pick(None, None, None, 0),
+        times=pick(1, 1, 1, 2),
+        multiplier=pick(1.0, 1.0, 0.7),
+    )
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> Spec:
+    pick = lambda *options: draw(st.sampled_from(options))  # noqa: E731
+    return Spec(
+        blocks=tuple(draw(st.lists(blocks(), min_size=1, max_size=2))),
+        final_norm=pick("", *USUAL),
+        tied=pick(False, False, True),
+        positions=pick("", "learned", "fixed"),
+        returns=tuple(draw(st.lists(st.sampled_from(["hidden", "stream", "pooled"]), max_size=1))),
+        padding=draw(st.booleans()),
+        width=pick(8, 12),
+        length=pick(6, 8),
+        batch=pick(2, 2, 2, 1),
+        eps=pick(1e-5, 1e-5, 0.1, 1e-30),
+        head_bias=pick(False, True),
+    )
