@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from taut.graph import Graph
 from taut.lift import lift
-from taut.plans import Plan, all_sites, make_plan
+from taut.plans import BadPlan, Plan, all_sites, make_plan
 from taut.rewrite import Site
 from taut.proof import Evidence
 
@@ -68,32 +68,38 @@ def inspect(
     revision: str | None = None,
     trust_remote_code: bool = False,
     untie: bool = False,
+    dtype: str | None = None,
 ) -> Inspection:
-    """Find every site of every rewrite, from shapes alone. Raises BadInput for what is no model."""
+    """Find every site of every rewrite, from shapes alone: a configuration without weights will do.
+
+    `dtype` is what bytes are counted in, by default the checkpoint's own. Raises BadInput for what is no model.
+    """
     if isinstance(model, nn.Module):
         from taut.module import graph_of
 
-        return _inspection(type(model).__name__, model, lift(graph_of(model, example, outputs)))
+        return _inspection(type(model).__name__, model, lift(graph_of(model, example, outputs)), _dtype(dtype))
     from taut.opened import open_model
 
-    opened = open_model(model, revision, trust_remote_code, untie)
-    found = _inspection(str(model), opened.meta, lift(opened.graph(outputs)))
+    opened = open_model(model, revision, trust_remote_code, untie, weights=False)
+    graph = lift(opened.writable_graph(outputs))
+    found = _inspection(str(model), opened.meta, graph, _dtype(dtype) or opened.dtype)
     found.prior = opened.checkpoint.prior.marks | ({"taut": "rewritten"} if opened.checkpoint.prior.record else {})
     return found
 
 
-def _inspection(name: str, model: nn.Module, graph: Graph) -> Inspection:
+def _inspection(name: str, model: nn.Module, graph: Graph, dtype: torch.dtype | None) -> Inspection:
     sites = all_sites(graph)
-    idle = {p for rewrite, site in sites if rewrite == "fold_norm" and not site.refused for p in site.reads}
-    sizes = {n: p for n, p in model.named_parameters()}
+    sizes = {n: p if dtype is None else p.to("meta", dtype) for n, p in model.named_parameters()}
+    folded = {p for rewrite, site in sites if rewrite == "fold_norm" and not site.refused for p in site.reads}
+    idle = [sizes[p] for p in folded if p in sizes]
     return Inspection(
         model=name,
         model_class=type(model).__name__,
         parameters=sum(p.numel() for p in sizes.values()),
-        bytes=sum(p.numel() * p.element_size() for p in sizes.values()),
+        bytes=sum(p.nbytes for p in sizes.values()),
         sites=[_site(rewrite, site) for rewrite, site in sites],
-        idle_parameters=sum(sizes[p].numel() for p in idle if p in sizes),
-        idle_bytes=sum(sizes[p].numel() * sizes[p].element_size() for p in idle if p in sizes),
+        idle_parameters=sum(p.numel() for p in idle),
+        idle_bytes=sum(p.nbytes for p in idle),
         outputs=list(graph.outputs),
         graph=graph,
     )
@@ -122,7 +128,8 @@ def plan(
         return make_plan(lift(graph_of(model, example, outputs)), form, only, outputs)
     from taut.opened import open_model
 
-    return make_plan(lift(open_model(model, revision, trust_remote_code, untie).graph(outputs)), form, only, outputs)
+    opened = open_model(model, revision, trust_remote_code, untie, weights=False)
+    return make_plan(lift(opened.writable_graph(outputs)), form, only, outputs)
 
 
 def apply(
@@ -155,6 +162,8 @@ def apply(
 
     if out is None:
         raise ValueError("say where to write the rewritten checkpoint: out=DIR")
+    if plan is not None and only:
+        raise BadPlan("a plan says which rewrites to apply, and so does --only")
     from taut.opened import open_model
 
     opened = open_model(model, revision, trust_remote_code, untie)

@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,17 +23,17 @@ app = typer.Typer(
 )
 
 
-class FormName(str, Enum):
+class FormName(StrEnum):
     stock = "stock"
     taut = "taut"
 
 
-class OutputsName(str, Enum):
+class OutputsName(StrEnum):
     all = "all"
     logits = "logits"
 
 
-class DtypeName(str, Enum):
+class DtypeName(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
@@ -63,6 +63,7 @@ def inspect(
     model: ModelArg,
     facts: Annotated[bool, typer.Option("--facts", help="What is known about every edge.")] = False,
     graph: Annotated[bool, typer.Option("--graph", help="Print the graph in the field's words.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="List the sites of every rewrite.")] = False,
     outputs: Outputs = OutputsName.all,
     untie: Untie = False,
     revision: Revision = None,
@@ -71,14 +72,15 @@ def inspect(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Show every site of every rewrite, the refused ones with the reason."""
+    """Show where each rewrite applies and where it is refused, with the reason; needs no weights."""
     with _command(as_json, threads):
         from taut import api, show
 
         found = api.inspect(
-            model, outputs=outputs.value, revision=revision, trust_remote_code=trust_remote_code, untie=untie
+            model, outputs=outputs.value, revision=revision, trust_remote_code=trust_remote_code, untie=untie,
+            dtype=dtype.value if dtype else None,
         )
-        _print(as_json, found.as_dict(), lambda: show.inspection(found, facts=facts, graph=graph))
+        _print(as_json, found.as_dict(), lambda: show.inspection(found, facts, graph, everything))
 
 
 @app.command()
@@ -126,7 +128,7 @@ def apply(
     as_json: Json = False,
 ) -> None:
     """Rewrite a checkpoint, prove that it is the same model, and write it to DIR."""
-    with _command(as_json, threads), _progress(as_json) as progress:
+    with _command(as_json, threads), _progress() as progress:
         from taut import api, show
         from taut.plans import Plan
 
@@ -149,7 +151,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Prove that AFTER is still the model BEFORE; exit 1 if it is not, or if nothing can be proved."""
-    with _command(as_json, threads), _progress(as_json) as progress:
+    with _command(as_json, threads), _progress() as progress:
         from taut import api, show
 
         evidence = api.verify(
@@ -178,11 +180,11 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Run the main job on the model that comes with taut: inspect, apply, verify, compare."""
-    with _command(as_json, None), _progress(as_json) as progress:
+    with _command(as_json, None), _progress() as progress:
         from taut import show
         from taut.demonstrate import demonstrate
 
-        shown = demonstrate(out, progress, say=None if as_json else show.step)
+        shown = demonstrate(out, progress, _nothing if as_json else show.told)
         _print(as_json, shown.as_dict(), lambda: show.demonstration(shown))
         if not shown.passed:
             raise typer.Exit(1)
@@ -236,14 +238,14 @@ def _print(as_json: bool, record: dict[str, Any], show: Callable[[], None]) -> N
 
 
 @contextmanager
-def _progress(as_json: bool) -> Iterator[Callable[[str, int, int], None]]:
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
     """A bar on stderr for what takes long; silent where stderr is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
     console = Console(stderr=True)
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal) as bar:
         tasks: dict[str, Any] = {}
 
         def report(what: str, done: int, total: int) -> None:
@@ -252,6 +254,10 @@ def _progress(as_json: bool) -> Iterator[Callable[[str, int, int], None]]:
             bar.update(tasks[what], completed=done, total=total)
 
         yield report
+
+
+def _nothing(what: Any) -> None:
+    """Say nothing: with `--json` only the object goes out."""
 
 
 def main() -> None:

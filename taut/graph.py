@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -52,6 +53,16 @@ class Graph:
     written: dict[str, str] = field(default_factory=dict)
     read: Read | None = None
     unwritable: Unwritable | None = None
+    memo: dict[Any, Any] | None = None
+
+    @contextlib.contextmanager
+    def unchanging(self) -> Iterator[None]:
+        """While the graph is only looked at, what has been worked out about it is kept in `memo`."""
+        self.memo = {}
+        try:
+            yield
+        finally:
+            self.memo = None
 
     @property
     def nodes(self) -> Iterator[fx.Node]:

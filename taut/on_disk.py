@@ -49,7 +49,7 @@ def apply_checkpoint(
     """
     while True:
         made, graph = _planned(opened, plan, only, form, outputs)
-        if not graph.changed() and form == "stock":
+        if not made.steps:
             return Applied(None, made, None, notes=["nothing applies, so nothing was written"])
         try:
             return _write(opened, out, made, graph, full, force, dtype, progress)

@@ -47,15 +47,18 @@ class Opened:
         for info in self.checkpoint.tensors.values():
             if info.dtype.is_floating_point:
                 bytes_of[info.dtype] = bytes_of.get(info.dtype, 0) + info.nbytes
-        return max(bytes_of, key=bytes_of.__getitem__, default=torch.float32)
+        configured = getattr(self.config, "dtype", None)
+        return max(bytes_of, key=bytes_of.__getitem__, default=configured or torch.float32)
 
     def graph(self, outputs: str) -> Graph:
         """The graph from shapes alone. Raises BadInput where the model cannot be traced."""
         return self._trace(self.meta, outputs)
 
     def writable_graph(self, outputs: str) -> Graph:
-        """The graph from shapes alone, with what the layout on disk does not allow to be changed."""
+        """The graph from shapes alone, with what the layout on disk, if there is one, does not allow to be changed."""
         graph = self.graph(outputs)
+        if not self.checkpoint.shards:
+            return graph
         graph.unwritable = lambda name, axes: self.refused.get(name) or self.located.unwritable(name, axes)
         return graph
 
@@ -121,10 +124,17 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def open_model(
-    model: str | Path, revision: str | None = None, trust_remote_code: bool = False, untie: bool = False
+    model: str | Path,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    untie: bool = False,
+    weights: bool = True,
 ) -> Opened:
-    """Open a directory or a hub id. Raises BadInput with the cause and the cure."""
-    checkpoint = open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
+    """Open a directory or a hub id; with `weights=False` a configuration is enough.
+
+    Raises BadInput with the cause and the cure.
+    """
+    checkpoint = open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code, weights=weights)
     config = checkpoint.hf_config()
     if untie:
         config.tie_word_embeddings = False

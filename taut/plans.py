@@ -54,7 +54,11 @@ class Plan:
         return asdict(self)
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(self.as_dict(), indent=2, sort_keys=True) + "\n")
+        """Raises BadPlan where the file cannot be written."""
+        try:
+            path.write_text(json.dumps(self.as_dict(), indent=2, sort_keys=True) + "\n")
+        except OSError as error:
+            raise BadPlan(f"cannot write the plan to {path}: {error.strerror}") from error
 
     @staticmethod
     def from_dict(record: Any) -> Plan:
@@ -64,8 +68,9 @@ class Plan:
                 raise BadPlan(f"the plan has schema {record['schema']}; this taut reads up to {SCHEMA}: upgrade taut")
             steps = tuple(Step(s["rewrite"], tuple(s["sites"])) for s in record["steps"])
             refused = tuple(Refusal(**r) for r in record.get("refused", ()))
-            return Plan(record["form"], record["outputs"], steps, refused, dict(record.get("absent", {})))
-        except (KeyError, TypeError) as error:
+            form, outputs = form_of(record["form"]).name, record["outputs"]
+            return Plan(form, outputs, steps, refused, dict(record.get("absent", {})))
+        except (KeyError, TypeError, ValueError) as error:
             raise BadPlan(f"this is not a plan that `taut plan` made: {error!r}") from error
 
     @staticmethod
@@ -133,4 +138,5 @@ def follow(graph: Graph, plan: Plan) -> Graph:
 def all_sites(graph: Graph, form: str = "taut") -> list[tuple[str, Site]]:
     """Every site of every rewrite on the graph as it is: what `inspect` shows."""
     shape = form_of(form)
-    return [(r.name, site) for r in rewrites().values() for site in r.find(graph, shape)]
+    with graph.unchanging():
+        return [(r.name, site) for r in rewrites().values() for site in r.find(graph, shape)]

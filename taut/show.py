@@ -1,164 +1,245 @@
-"""Tables for people: what the verbs found, did and proved."""
+"""What the verbs found, did and proved, for people: the summary first, and nothing wider than the terminal."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
 if TYPE_CHECKING:
     from taut.api import Applied, Inspection
     from taut.demonstrate import Demonstration
     from taut.plans import Plan
-    from taut.techniques import Technique
     from taut.proof import Evidence
+    from taut.techniques import Technique
 
 console = Console(highlight=False)
+LISTED = "fold_norm"
+"""The rewrite whose sites `inspect` lists; of the others it gives the numbers, unless asked for all."""
+
+Row = tuple[str, str, str | None]
+"""A rewrite, a module path, and the reason why it is refused there."""
 
 
-def step(text: str) -> None:
-    console.print(f"\n[bold]{text}[/bold]")
+def told(what: str | Inspection | Applied | Evidence) -> None:
+    """One thing that the demo has to say."""
+    from taut.api import Applied, Inspection
+
+    if isinstance(what, str):
+        console.print(f"\n[bold]{escape(what)}[/bold]")
+    elif isinstance(what, Inspection):
+        inspection(what)
+    elif isinstance(what, Applied):
+        console.print(f"{_count(what.plan.applied, 'norm')} folded, written to {Path(what.out or '').name}/")
+    else:
+        evidence(what)
 
 
-def together(wheres: Iterable[str]) -> dict[str, list[str]]:
-    """Module paths that differ in one layer number only, by the path with a range in that number's place."""
-    groups: dict[str, list[tuple[int, str]]] = {}
+def together(wheres: Iterable[str]) -> list[str]:
+    """Module paths, those that differ in one number only as one: `layers.{0..5}.norm`, or `norm (12 calls)`."""
+    wheres = list(wheres)
+    called_often = {where.split("#")[0] for where in wheres if "#" in where}
+    rows = []
     for where in wheres:
-        number = re.search(r"\d+", where)
-        key = where if number is None else f"{where[: number.start()]}\0{where[number.end() :]}"
-        groups.setdefault(key, []).append((int(number.group()) if number else -1, where))
-    shown = {}
-    for key, members in groups.items():
-        numbers = [n for n, _ in members]
-        shown[key.replace("\0", _range(numbers))] = [where for _, where in members]
-    return shown
+        parts = re.split(r"(\d+)", where if "#" in where or where not in called_often else f"{where}#1")
+        rows.append(tuple((int(part),) if i % 2 else part for i, part in enumerate(parts)))
+    for place in reversed(range(1, max(map(len, rows), default=0), 2)):
+        rows = _merged(rows, place)
+    return ["".join(part if isinstance(part, str) else _numbers(part) for part in row) for row in map(_calls, rows)]
 
 
-def _range(numbers: list[int]) -> str:
-    low, high = min(numbers), max(numbers)
+def _merged(rows: list[tuple], place: int) -> list[tuple]:
+    """Rows that differ in one place only become one row with all their numbers in that place."""
+    merged: dict[tuple, list[int]] = {}
+    for row in rows:
+        if place < len(row):
+            merged.setdefault((*row[:place], None, *row[place + 1 :]), []).extend(row[place])
+        else:
+            merged[row] = []
+    return [tuple(tuple(numbers) if part is None else part for part in row) for row, numbers in merged.items()]
+
+
+def _calls(row: tuple) -> tuple:
+    """`norm#{1..12}` is one module called twelve times."""
+    if len(row) < 3 or not str(row[-3]).endswith("#"):
+        return row
+    numbers = row[-2]
+    said = f" ({len(numbers)} calls)" if numbers == tuple(range(1, len(numbers) + 1)) else f" (call {_numbers(numbers)})"
+    return (*row[:-3], str(row[-3]).removesuffix("#") + said)
+
+
+def _numbers(numbers: Sequence[int]) -> str:
     if len(numbers) == 1:
-        return str(low)
-    if sorted(numbers) == list(range(low, high + 1)):
+        return str(numbers[0])
+    low, high = min(numbers), max(numbers)
+    if high - low + 1 == len(numbers):
         return f"{{{low}..{high}}}"
-    return "{" + ",".join(str(n) for n in sorted(numbers)) + "}"
+    return "{" + ",".join(map(str, sorted(numbers))) + "}"
 
 
 def size(count: float, unit: str = "B") -> str:
-    for prefix in ("", "K", "M", "G"):
-        if count < 1000:
-            return f"{count:.3g} {prefix}{unit}"
+    for prefix in ("", "k", "M", "G"):
+        if count < 999.5:
+            return f"{count:.3g} {prefix}{unit}".strip()
         count /= 1000
     return f"{count:.3g} T{unit}"
 
 
-def _sites_table(rows: list[tuple[str, str, str | None]]) -> Table:
-    """(rewrite, where, reason or None), alike ones in one row."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("rewrite", "where", "sites", "verdict"):
-        table.add_column(name, justify="right" if name == "sites" else "left", overflow="fold")
-    alike: dict[tuple[str, str], list[str]] = {}
-    for rewrite, where, reason in rows:
-        general = re.sub(r"\d+", "N", reason) if reason else ""
-        alike.setdefault((rewrite, general), []).append(where)
-    reasons = {(r, w): reason for r, w, reason in rows}
-    for (rewrite, general), wheres in alike.items():
-        for where, members in together(wheres).items():
-            reason = reasons[rewrite, members[0]]
-            verdict = "[green]applies[/green]" if not general else f"[yellow]refused:[/yellow] {_plain(reason or '')}"
-            table.add_row(rewrite, _plain(where), str(len(members)), verdict)
-    return table
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
 
 
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")
+def _sites(rows: list[Row]) -> None:
+    """Every site, grouped by rewrite and verdict; alike ones on one line, a reason under the sites it refuses."""
+    for rewrite, group in groupby(rows, key=lambda row: row[0]):
+        members = list(group)
+        applying = [where for _, where, reason in members if reason is None]
+        console.print(f"\n[bold]{rewrite}[/bold]  {len(applying)} of {_count(len(members), 'site')}")
+        if applying:
+            _verdict("[green]applies[/green]", applying, "")
+        for general in dict.fromkeys(_general(reason) for _, _, reason in members if reason):
+            refused = [(where, reason) for _, where, reason in members if reason and _general(reason) == general]
+            reasons = dict.fromkeys(reason for _, reason in refused)
+            said = next(iter(reasons)) if len(reasons) == 1 else f"e.g. {next(iter(reasons))}"
+            _verdict("[yellow]refused[/yellow]", [where for where, _ in refused], said)
 
 
-def inspection(found: Inspection, facts: bool = False, graph: bool = False) -> None:
+def _general(reason: str | None) -> str:
+    return re.sub(r"\d+", "N", reason or "")
+
+
+def _verdict(word: str, wheres: Iterable[str], reason: str) -> None:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for i, where in enumerate(together(wheres)):
+        grid.add_row("" if i else word, escape(where))
+    if reason:
+        grid.add_row("", Padding(f"[dim]{escape(reason)}[/dim]", (0, 0, 0, 2)))
+    console.print(Padding(grid, (0, 0, 0, 2)))
+
+
+def inspection(found: Inspection, facts: bool = False, graph: bool = False, everything: bool = False) -> None:
     console.print(
-        f"{found.model_class}: {size(found.parameters, '')}parameters; promised outputs: {', '.join(found.outputs)}"
+        f"[bold]{found.model_class}[/bold]: {size(found.parameters, '')} parameters, {size(found.bytes)}; "
+        f"it returns {' and '.join(found.outputs)}"
     )
-    console.print(_sites_table([(s["rewrite"], s["where"], s["refused"]) for s in found.sites]))
-    applies = sum(s["refused"] is None for s in found.sites)
+    rows: list[Row] = [(site["rewrite"], site["where"], site["refused"]) for site in found.sites]
+    listed = [row for row in rows if row[0] == LISTED]
+    applies = sum(row[2] is None for row in listed)
     console.print(
-        f"\n{applies} sites apply, {len(found.sites) - applies} are refused. "
-        f"After folding {found.idle_parameters:,} norm parameters ({size(found.idle_bytes)}) do nothing."
+        f"{applies} of {_count(len(listed), 'norm')} can be folded into the layers behind them; "
+        f"{found.idle_parameters:,} parameters ({size(found.idle_bytes)}) then do nothing."
     )
     for mark, value in found.prior.items():
-        console.print(f"note: this checkpoint was rewritten before ({mark}: {value})")
+        console.print(f"note: this checkpoint was rewritten before ({mark}: {escape(str(value))})")
+    _sites(rows if everything else listed)
+    if not everything:
+        _others(rows)
     if found.graph is not None and (graph or facts):
         from taut.printing import columns, text
 
+        console.print()
         console.print(text(found.graph, columns(found.graph) if facts else None), markup=False, soft_wrap=True)
 
 
+def _others(rows: list[Row]) -> None:
+    """One line for each rewrite whose sites are not listed."""
+    from taut.rewrite import STOCK, rewrites
+
+    console.print("\nOther rewrites, each on the model as it is (--all lists their sites):")
+    grid = Table.grid(padding=(0, 2))
+    for name, rewrite in rewrites().items():
+        if name == LISTED:
+            continue
+        verdicts = [reason is None for rewrite, _, reason in rows if rewrite == name]
+        sites = f"{sum(verdicts)} of {_count(len(verdicts), 'site')}" if verdicts else "no sites"
+        remarks = [] if STOCK in rewrite.forms else ["taut form"]
+        remarks += ["only by name"] if rewrite.asked else []
+        remarks += [rewrite.exactness.name] if rewrite.exactness.name != "ALGEBRAIC" else []
+        grid.add_row("", name, sites, ", ".join(remarks))
+    console.print(grid)
+
+
 def plan(made: Plan, out: Path | None) -> None:
-    rows: list[tuple[str, str, str | None]] = [(s.rewrite, where, None) for s in made.steps for where in s.sites]
-    rows += [(r.rewrite, r.where, r.reason) for r in made.refused]
-    if rows:
-        console.print(_sites_table(rows))
-    _absent(made)
-    if out is not None:
-        console.print(f"plan written to {out}")
-
-
-def _absent(made: Plan) -> None:
+    rows: list[Row] = [(step.rewrite, where, None) for step in made.steps for where in step.sites]
+    rows += [(refusal.rewrite, refusal.where, refusal.reason) for refusal in made.refused]
+    order = list(dict.fromkeys(row[0] for row in rows))
+    parts = [f"{len(step.sites)} {step.rewrite}" for step in made.steps]
+    console.print(f"[bold]plan[/bold] ({made.form} form): {', '.join(parts) or 'nothing applies'}")
+    _sites(sorted(rows, key=lambda row: order.index(row[0])))
     for rewrite, reason in made.absent.items():
-        console.print(f"{rewrite}: {reason}")
+        console.print(f"\n[bold]{rewrite}[/bold]  no sites: {escape(reason)}")
+    if out is not None:
+        console.print(f"\nwritten to {escape(str(out))}")
 
 
 def applied(done: Applied) -> None:
     plan(done.plan, None)
+    console.print()
     if done.out is None:
         console.print("Nothing applies, so nothing was written.")
         return
     if done.evidence is not None:
         evidence(done.evidence)
     if done.unused_tensors:
-        console.print(f"copied as they are, since no parameter reads them: {_plain(', '.join(done.unused_tensors))}")
+        _paragraph(f"copied as they are, since no parameter reads them: {', '.join(done.unused_tensors)}")
     if done.left_out_files:
-        console.print(f"left out, since they hold the unrewritten weights: {', '.join(done.left_out_files)}")
+        _paragraph(f"left out, since they hold the unrewritten weights: {', '.join(done.left_out_files)}")
     for note in done.notes:
-        console.print(f"note: {note}")
-    console.print(f"[bold]written to {done.out}[/bold]")
+        _paragraph(f"note: {note}")
+    console.print(f"\n[bold]written to {escape(str(done.out))}[/bold]")
+
+
+def _paragraph(text: str) -> None:
+    console.print(escape(text))
 
 
 def evidence(found: Evidence) -> None:
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    rows: list[tuple[str, Any]] = [
-        ("the same model", "[green]proved[/green]" if found.passed else "[red]NOT proved[/red]"),
-        ("promise", f"{found.exactness} on {', '.join(f'{k} ({v})' for k, v in found.outputs.items())}"),
-        ("float64", f"largest difference {found.float64_error:.1e} of the largest value (limit 1e-12)"),
-        (found.dtype or "working dtype", f"error {found.error_ratio:.2f} times the original's own (limit 2)"),
-        ("tensors", f"{found.tensors_checked} rewritten, each its float64 value rounded once"),
-    ]
-    if found.unproved:
-        rows.append(("unproved", ", ".join(found.unproved)))
-    if found.wrong_tensors:
-        rows.append(("wrong tensors", ", ".join(found.wrong_tensors)))
-    if found.choices_flipped:
-        rows.append(("routing", f"{found.choices_flipped} choices would fall otherwise in {found.dtype}"))
-    if not found.passed and found.worst:
-        rows.append(("first off", found.worst))
-    for name, value in rows:
-        table.add_row(name, value if name == "the same model" else _plain(str(value)))
-    console.print(table)
+    verdict = "[green]proved[/green]" if found.passed else "[red]NOT proved[/red]"
+    console.print(f"[bold]the same model:[/bold] {verdict}")
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in _lines(found):
+        grid.add_row(name, escape(value))
+    console.print(Padding(grid, (0, 0, 0, 2)))
     for note in found.notes:
-        console.print(f"note: {_plain(note)}")
+        _paragraph(f"note: {note}")
+
+
+def _lines(found: Evidence) -> Iterable[tuple[str, str]]:
+    """What was checked, a line each; for outputs that were only compared, nothing."""
+    if found.outputs:
+        kept = [name if what == "values" else f"{what} of {name}" for name, what in found.outputs.items()]
+        yield "promise", f"{found.exactness}, on {' and '.join(kept)}"
+        yield "float64", f"largest difference {found.float64_error:.1e} of the largest value (limit 1e-12)"
+        yield found.dtype, f"error {found.error_ratio:.2f} times the original's own (limit 2)"
+        yield "tensors", f"{found.tensors_checked} rewritten, each its float64 value rounded once"
+    if found.unproved:
+        yield "unproved", ", ".join(found.unproved)
+    if found.wrong_tensors:
+        yield "wrong", ", ".join(found.wrong_tensors)
+    if found.choices_flipped:
+        yield "routing", f"{found.choices_flipped} choices would fall otherwise in {found.dtype}"
+    if not found.passed and found.worst:
+        yield "first off", found.worst
 
 
 def techniques(rows: list[Technique]) -> None:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("kind", "name", "exactness", "what it is", "source"):
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(row.kind, row.name, row.exactness or "", _plain(row.summary), _plain(row.source))
-    console.print(table)
+    for kind, group in groupby(rows, key=lambda row: row.kind):
+        console.print(f"\n[bold]{kind}s[/bold]")
+        for row in group:
+            promise = f"  [dim]{row.exactness}[/dim]" if row.exactness else ""
+            console.print(f"  [bold]{row.name}[/bold]{promise}")
+            console.print(Padding(f"{escape(row.summary)}\n[dim]{escape(row.source)}[/dim]", (0, 0, 0, 4)))
 
 
 def demonstration(shown: Demonstration) -> None:
@@ -167,6 +248,5 @@ def demonstration(shown: Demonstration) -> None:
         table.add_column(name)
     for label, before, after in shown.rows:
         table.add_row(label, before, after)
-    console.print()
     console.print(table)
-    console.print(f"\n{shown.verdict}")
+    console.print(f"\n{escape(shown.verdict)}")

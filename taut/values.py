@@ -29,7 +29,7 @@ class Value(Protocol):
 
 @dataclass(frozen=True)
 class Original:
-    """The tensor as it stands in the checkpoint."""
+    """The tensor as it stands in the checkpoint: a parameter, or a buffer such as a running mean."""
 
     name: str
 
@@ -140,6 +140,54 @@ class Centred:
             return self.evaluate(read)[rows]
         x = self.x.evaluate(read, rows)
         return x - x.mean(self.axis, keepdim=True)
+
+    def children(self) -> tuple[Value, ...]:
+        return (self.x,)
+
+
+@dataclass(frozen=True)
+class Sum:
+    """`x + factor * y`, of one shape."""
+
+    x: Value
+    y: Value
+    factor: float = 1.0
+
+    def evaluate(self, read: Read, rows: Rows = None) -> Tensor:
+        return self.x.evaluate(read, rows) + self.factor * self.y.evaluate(read, rows)
+
+    def children(self) -> tuple[Value, ...]:
+        return (self.x, self.y)
+
+
+@dataclass(frozen=True)
+class InverseRoot:
+    """`1 / sqrt(x + eps)`: what a variance divides by."""
+
+    x: Value
+    eps: float
+
+    def evaluate(self, read: Read, rows: Rows = None) -> Tensor:
+        return (self.x.evaluate(read, rows) + self.eps).rsqrt()
+
+    def children(self) -> tuple[Value, ...]:
+        return (self.x,)
+
+
+@dataclass(frozen=True)
+class WithoutLast:
+    """A tensor without its last element along one axis; with `less`, that element is taken from each of the others."""
+
+    x: Value
+    axis: int
+    less: bool = False
+
+    def evaluate(self, read: Read, rows: Rows = None) -> Tensor:
+        if self.axis == 0 and rows is not None:
+            return self.evaluate(read)[rows]
+        x = self.x.evaluate(read, rows)
+        kept, last = x.split([x.shape[self.axis] - 1, 1], self.axis)
+        return kept - last if self.less else kept
 
     def children(self) -> tuple[Value, ...]:
         return (self.x,)

@@ -7,7 +7,7 @@ operation may need any shape. Norms, linear layers and embeddings are ordinary `
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -60,40 +60,49 @@ class Spec:
     batch: int = 2
     eps: float = 1e-5
     head_bias: bool = False
-    untouched: bool = False
 
 
 class Model(nn.Module):
-    """The transformer that a Spec describes; `example` are inputs for it."""
+    """The transformer that a Spec describes."""
 
     def __init__(self, spec: Spec) -> None:
         super().__init__()
         self.spec = spec
         self.weights, self.parts = nn.ParameterDict(), nn.ModuleDict()
         self.generator = torch.Generator().manual_seed(0)
-        self.example = _example(spec)
         with torch.no_grad():
-            self(**self.example)
+            self(**example(spec))
         self.eval()
 
+    def forward(self, ids: Tensor, mask: Tensor, picks: Tensor, memory: Tensor) -> dict[str, Tensor]:
+        return Pass(self, mask, picks, memory).run(ids)
+
+
+class Pass:
+    """One forward pass, with what its operations read besides their argument."""
+
+    def __init__(self, model: Model, mask: Tensor, picks: Tensor, memory: Tensor) -> None:
+        self.model, self.spec, self.mask, self.picks, self.memory = model, model.spec, mask, picks, memory
+        self.outputs: dict[str, Tensor] = {}
+
     def weight(self, key: str, *size: int, mean: float = 0.0) -> Tensor:
-        if key not in self.weights:
-            noise = torch.randn(size, generator=self.generator)
+        if key not in self.model.weights:
+            noise = torch.randn(size, generator=self.model.generator)
             scale = 0.4 if len(size) < 2 else 1.0 / size[-1] ** 0.5
-            self.weights[key] = nn.Parameter(mean + scale * noise)
-        return self.weights[key]
+            self.model.weights[key] = nn.Parameter(mean + scale * noise)
+        return self.model.weights[key]
 
     def part(self, key: str, make: Callable[[], nn.Module]) -> nn.Module:
         key = key.replace(".", "_")
-        if key not in self.parts:
+        if key not in self.model.parts:
             part = make().eval()
             with torch.no_grad():
                 for parameter in part.parameters():
-                    noise = torch.randn(parameter.shape, generator=self.generator)
+                    noise = torch.randn(parameter.shape, generator=self.model.generator)
                     vector = parameter.ndim < 2
                     parameter.copy_(parameter + 0.4 * noise if vector else noise / parameter.shape[-1] ** 0.5)
-            self.parts[key] = part
-        return self.parts[key]
+            self.model.parts[key] = part
+        return self.model.parts[key]
 
     def linear(self, key: str, x: Tensor, out: int, bias: bool = False) -> Tensor:
         return self.part(key, lambda: nn.Linear(x.shape[-1], out, bias=bias))(x)
@@ -101,9 +110,8 @@ class Model(nn.Module):
     def norm(self, key: str, kind: str, x: Tensor) -> Tensor:
         return self.part(f"{key}_{kind}_{x.shape[-1]}", lambda: NORMS[kind](x.shape[-1], self.spec.eps))(x)
 
-    def forward(self, ids: Tensor, mask: Tensor, picks: Tensor, memory: Tensor) -> dict[str, Tensor]:
-        spec, self.outputs = self.spec, {}
-        self.mask, self.picks, self.memory = mask, picks, memory
+    def run(self, ids: Tensor) -> dict[str, Tensor]:
+        spec = self.spec
         table = self.weight("table", VOCAB, spec.width)
         x = F.embedding(ids, table)
         if spec.positions == "learned":
@@ -181,7 +189,7 @@ class Model(nn.Module):
         return stream
 
 
-def _example(spec: Spec) -> dict[str, Tensor]:
+def example(spec: Spec) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     size = (spec.batch, spec.length)
     mask = torch.ones(size, dtype=torch.bool)
@@ -301,7 +309,7 @@ USUAL = ("rms", "layer", "layer without bias", "rms 1+w", "rms divides", "rms pr
 
 def _rotate(x: Tensor, kind: str) -> Tensor:
     """Rotary positions along the second last axis."""
-    size = x.shape[-1] // 2 if kind == "partial" else x.shape[-1]
+    size = x.shape[-1] // 4 * 2 if kind == "partial" else x.shape[-1]
     angles = torch.arange(x.shape[-2])[:, None] / 10.0 ** (torch.arange(size // 2) / size)
     part = x[..., :size]
     if kind == "interleaved":
@@ -314,7 +322,7 @@ def _rotate(x: Tensor, kind: str) -> Tensor:
     return torch.cat((part, x[..., size:]), -1) if kind == "partial" else part
 
 
-def _attention(m: Model, key: str, b: Block, y: Tensor, memory: Tensor | None = None) -> Tensor:
+def _attention(m: Pass, key: str, b: Block, y: Tensor, memory: Tensor | None = None) -> Tensor:
     size, heads, kv = y.shape[-1] // HEADS, HEADS, b.kv_heads
     biased = bool(b.biases & 1)
     if b.fused and memory is None:
@@ -334,8 +342,7 @@ def _attention(m: Model, key: str, b: Block, y: Tensor, memory: Tensor | None = 
     k, v = (t.repeat_interleave(heads // kv, 1) for t in (k, v))
     allowed = m.mask[:, None, None] if memory is None else torch.ones((), dtype=torch.bool)
     if b.window:
-        place = torch.arange(k.shape[2])
-        near = place[: q.shape[2], None] - place[None]
+        near = torch.arange(q.shape[2])[:, None] - torch.arange(k.shape[2])
         allowed = allowed & ((near >= 0) & (near < 3) if memory is None else near < 3)
     if b.spelled or b.softcap:
         scores = q @ k.transpose(-1, -2) * size**-0.5
@@ -346,17 +353,17 @@ def _attention(m: Model, key: str, b: Block, y: Tensor, memory: Tensor | None = 
     return m.linear(f"{key}_o", out.transpose(1, 2).flatten(2), y.shape[-1], bool(b.biases & 4))
 
 
-def _cross(m: Model, key: str, b: Block, y: Tensor) -> Tensor:
+def _cross(m: Pass, key: str, b: Block, y: Tensor) -> Tensor:
     return _attention(m, key, b, y, m.memory) + 0.0 * y
 
 
-def _conv(m: Model, key: str, b: Block, y: Tensor, groups: int = 1) -> Tensor:
+def _conv(m: Pass, key: str, b: Block, y: Tensor, groups: int = 1) -> Tensor:
     size, bias = y.shape[-1], bool(b.biases & 1)
     layer = m.part(key, lambda: nn.Conv1d(size, size, 3, padding=1, groups=groups, bias=bias))
     return m.linear(f"{key}_o", layer(y.mT).mT, size, bool(b.biases & 4))
 
 
-def _tokens(m: Model, key: str, b: Block, y: Tensor) -> Tensor:
+def _tokens(m: Pass, key: str, b: Block, y: Tensor) -> Tensor:
     mixing = m.weight(f"{key}_t", y.shape[1], y.shape[1])
     return m.linear(f"{key}_o", mixing @ y, y.shape[-1], bool(b.biases & 4))
 
@@ -380,16 +387,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _mlp(act: str) -> Callable[[Model, str, Block, Tensor], Tensor]:
-    def run(m: Model, key: str, b: Block, y: Tensor) -> Tensor:
+def _mlp(act: str) -> Callable[[Pass, str, Block, Tensor], Tensor]:
+    def run(m: Pass, key: str, b: Block, y: Tensor) -> Tensor:
         hidden = ACTIVATIONS[act](m.linear(f"{key}_up", y, 12, bool(b.biases & 8)))
         return m.linear(f"{key}_down", hidden, y.shape[-1], bool(b.biases & 16))
 
     return run
 
 
-def _glu(act: str) -> Callable[[Model, str, Block, Tensor], Tensor]:
-    def run(m: Model, key: str, b: Block, y: Tensor) -> Tensor:
+def _glu(act: str) -> Callable[[Pass, str, Block, Tensor], Tensor]:
+    def run(m: Pass, key: str, b: Block, y: Tensor) -> Tensor:
         if b.fused:
             gate, up = m.linear(f"{key}_gate_up", y, 24, bool(b.biases & 8)).chunk(2, -1)
         else:
@@ -399,7 +406,7 @@ def _glu(act: str) -> Callable[[Model, str, Block, Tensor], Tensor]:
     return run
 
 
-def _experts(m: Model, key: str, b: Block, y: Tensor) -> Tensor:
+def _experts(m: Pass, key: str, b: Block, y: Tensor) -> Tensor:
     """Every expert computed for every token; a router with groups says how much of each."""
     scores = m.linear(f"{key}_router", y, 4, bool(b.biases & 8))
     scores = scores.sigmoid() if b.biases & 16 else scores.softmax(-1)
@@ -417,7 +424,7 @@ MLPS = {name: _mlp(name) for name in ACTIVATIONS} | {f"{name} glu": _glu(name) f
 MLPS["experts"] = _experts
 
 
-Operation = Callable[[Model, str, Tensor, int, Tensor], Tensor]
+Operation = Callable[[Pass, str, Tensor, int, Tensor], Tensor]
 
 
 def _axis(x: Tensor, how: int) -> int:
@@ -429,7 +436,7 @@ def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[..., :half], x[..., -half:]
 
 
-def _windows(m: Model, key: str, x: Tensor, how: int, groups: int) -> Tensor:
+def _windows(m: Pass, key: str, x: Tensor, how: int, groups: int) -> Tensor:
     if x.ndim != 3:
         return x
     make = lambda: nn.Conv1d(x.shape[-1], x.shape[-1], 1 + how % 3, padding=how // 3 % 2, groups=groups, bias=how > 3)  # noqa: E731
@@ -437,14 +444,14 @@ def _windows(m: Model, key: str, x: Tensor, how: int, groups: int) -> Tensor:
     return m.part(key, make)(padded.mT).mT
 
 
-def _scaled_weight(m: Model, key: str, x: Tensor, how: int, _: Tensor) -> Tensor:
+def _scaled_weight(m: Pass, key: str, x: Tensor, how: int, _: Tensor) -> Tensor:
     weight = m.weight(key, 6, x.shape[-1])
     bias = m.weight(f"{key}_bias", 6) if how % 2 else None
     spelling = (weight * 0.5, weight / 3, weight.clone(), weight.t().contiguous().t(), weight.to(torch.bfloat16).to(x.dtype))
     return F.linear(x, spelling[how % 5], bias if bias is None or how % 3 else bias * 0.5)
 
 
-def _partial_weight(m: Model, key: str, x: Tensor, how: int, _: Tensor) -> Tensor:
+def _partial_weight(m: Pass, key: str, x: Tensor, how: int, _: Tensor) -> Tensor:
     weight, bias, n = m.weight(key, 8, x.shape[-1]), m.weight(f"{key}_bias", 8), x.shape[-1]
     if how == 0:
         return F.linear(x, weight[:4], bias[:4])
@@ -459,7 +466,7 @@ def _partial_weight(m: Model, key: str, x: Tensor, how: int, _: Tensor) -> Tenso
     return F.linear(x, weight.flip(1), bias.flip(0))
 
 
-def _tied_weight(m: Model, key: str, x: Tensor, how: int, stream: Tensor) -> Tensor:
+def _tied_weight(m: Pass, key: str, x: Tensor, how: int, stream: Tensor) -> Tensor:
     n = x.shape[-1]
     weight = m.weight(key, n, n)
     if how == 0:
@@ -475,12 +482,12 @@ def _tied_weight(m: Model, key: str, x: Tensor, how: int, stream: Tensor) -> Ten
     return F.linear(x, weight.t(), weight[:, 0])
 
 
-def _one_bias(m: Model, key: str, x: Tensor, how: int, _: Tensor) -> Tensor:
+def _one_bias(m: Pass, key: str, x: Tensor, how: int, _: Tensor) -> Tensor:
     weight, bias = m.weight(key, x.shape[-1], 6), m.weight(f"{key}_bias", 1 if how % 2 else 6)
     return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], 6)
 
 
-def _inplace(m: Model, key: str, x: Tensor, how: int, stream: Tensor) -> Tensor:
+def _inplace(m: Pass, key: str, x: Tensor, how: int, stream: Tensor) -> Tensor:
     x = x.clone()
     if how == 0:
         x[:, 0] = 0.0
@@ -497,7 +504,7 @@ def _inplace(m: Model, key: str, x: Tensor, how: int, stream: Tensor) -> Tensor:
     return x
 
 
-def _pick(m: Model, key: str, x: Tensor, how: int, _: Tensor) -> Tensor:
+def _pick(m: Pass, key: str, x: Tensor, how: int, _: Tensor) -> Tensor:
     if how == 0:
         return x[:, -1]
     if how == 1:
@@ -511,7 +518,7 @@ def _pick(m: Model, key: str, x: Tensor, how: int, _: Tensor) -> Tensor:
     return x.index_select(-1, torch.arange(x.shape[-1]).flip(0))
 
 
-def _ranked(m: Model, key: str, x: Tensor, how: int, _: Tensor) -> Tensor:
+def _ranked(m: Pass, key: str, x: Tensor, how: int, _: Tensor) -> Tensor:
     axis = -1 if how % 2 else min(1, x.ndim - 1)
     if how < 2:
         return x.topk(min(2, x.shape[axis]), axis).values
@@ -521,7 +528,7 @@ def _ranked(m: Model, key: str, x: Tensor, how: int, _: Tensor) -> Tensor:
     return m.weight(key, x.shape[axis], 5)[best]
 
 
-def _joined(m: Model, key: str, x: Tensor, how: int, stream: Tensor) -> Tensor:
+def _joined(m: Pass, key: str, x: Tensor, how: int, stream: Tensor) -> Tensor:
     rolled = x.roll(1, min(1, x.ndim - 1))
     return [
         lambda: torch.cat([x, x], -1),
@@ -533,7 +540,7 @@ def _joined(m: Model, key: str, x: Tensor, how: int, stream: Tensor) -> Tensor:
     ][how]()
 
 
-def _moved(m: Model, key: str, x: Tensor, how: int, _: Tensor) -> Tensor:
+def _moved(m: Pass, key: str, x: Tensor, how: int, _: Tensor) -> Tensor:
     return [
         lambda: x.roll(1, 1) if x.ndim > 1 else x,
         lambda: x.roll(1, -1),
@@ -550,7 +557,7 @@ def _moved(m: Model, key: str, x: Tensor, how: int, _: Tensor) -> Tensor:
     ][how % 12]()
 
 
-def _reduced(m: Model, key: str, x: Tensor, how: int, _: Tensor) -> Tensor:
+def _reduced(m: Pass, key: str, x: Tensor, how: int, _: Tensor) -> Tensor:
     last, tokens = -1, min(1, x.ndim - 1)
     return [
         lambda: x.mean(tokens, keepdim=True),
@@ -568,7 +575,7 @@ def _reduced(m: Model, key: str, x: Tensor, how: int, _: Tensor) -> Tensor:
     ][how % 12]()
 
 
-def _elementwise(m: Model, key: str, x: Tensor, how: int, stream: Tensor) -> Tensor:
+def _elementwise(m: Pass, key: str, x: Tensor, how: int, stream: Tensor) -> Tensor:
     return [
         lambda: x.relu(),
         lambda: x.abs(),
@@ -595,7 +602,7 @@ def _elementwise(m: Model, key: str, x: Tensor, how: int, stream: Tensor) -> Ten
     ][how % 22]()
 
 
-def _paired(m: Model, key: str, x: Tensor, how: int, stream: Tensor) -> Tensor:
+def _paired(m: Pass, key: str, x: Tensor, how: int, stream: Tensor) -> Tensor:
     one, two = _halves(x)
     rolled = x.roll(1, min(1, x.ndim - 1))
     return [
@@ -620,7 +627,7 @@ def _paired(m: Model, key: str, x: Tensor, how: int, stream: Tensor) -> Tensor:
     ][how % 18]()
 
 
-def _masked(m: Model, key: str, x: Tensor, how: int, stream: Tensor) -> Tensor:
+def _masked(m: Pass, key: str, x: Tensor, how: int, stream: Tensor) -> Tensor:
     if x.shape[:2] != m.mask.shape:
         return x
     mask = m.mask.view(*m.mask.shape, *[1] * (x.ndim - 2))
@@ -634,7 +641,7 @@ def _masked(m: Model, key: str, x: Tensor, how: int, stream: Tensor) -> Tensor:
     ][how]()
 
 
-def _parametric(m: Model, key: str, x: Tensor, how: int, _: Tensor) -> Tensor:
+def _parametric(m: Pass, key: str, x: Tensor, how: int, _: Tensor) -> Tensor:
     n = x.shape[-1]
     return [
         lambda: x + m.weight(key, n),
@@ -652,7 +659,7 @@ def _parametric(m: Model, key: str, x: Tensor, how: int, _: Tensor) -> Tensor:
     ][how % 12]()
 
 
-def _attend(m: Model, key: str, x: Tensor, how: int, _: Tensor) -> Tensor:
+def _attend(m: Pass, key: str, x: Tensor, how: int, _: Tensor) -> Tensor:
     if x.ndim != 3:
         return x
     if how % 2:

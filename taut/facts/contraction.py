@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from taut.facts.moves import is_move, move
+from taut.facts.moves import is_move, move, without_repeats
 from taut.graph import Graph, shape
 from taut.lift._match import is_call, is_constant
 from taut.ops.expert_linear import expert_linear
@@ -136,7 +136,7 @@ def line_along(array: Tensor, axis: int) -> Tensor | None:
     for other in range(array.ndim):
         if other != axis % array.ndim:
             line = line.narrow(other, 0, 1)
-    return line.flatten() if bool((array == line).all()) else None
+    return line.flatten() if bool((without_repeats(array) == without_repeats(line)).all()) else None
 
 
 def name_of(node: Any) -> str:

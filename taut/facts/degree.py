@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from taut.facts.contraction import CONVOLUTIONS, Contraction, contraction, name_of
-from taut.facts.moves import MOVES, move
+from taut.facts.moves import MOVES, is_move, move
 from taut.facts.scalars import Call, agree, covers, movements, run
 from taut.graph import Graph, shape
 from taut.ops.attention import attention
@@ -95,6 +95,15 @@ class Reach:
 
 def reach(graph: Graph, norm: fx.Node, *, until_product: bool = False) -> Reach:
     """Follow the scalar of a norm through the graph; with `until_product` no farther than the first products."""
+    if graph.memo is None:
+        return _reach(graph, norm, until_product)
+    key = (reach, norm, until_product)
+    if key not in graph.memo:
+        graph.memo[key] = _reach(graph, norm, until_product)
+    return graph.memo[key]
+
+
+def _reach(graph: Graph, norm: fx.Node, until_product: bool) -> Reach:
     walk = _Walk(Reach(norm), until_product)
     size = shape(norm)[:-1]
     ids = torch.arange(torch.Size(size).numel()).view(*size, 1)
@@ -205,7 +214,7 @@ def _power(walk: _Walk, node: fx.Node) -> Scaled | str:
 def _move(walk: _Walk, node: fx.Node) -> Scaled | str:
     source: Any = _args(node)[0]
     at = walk.at(source)
-    if at is None or walk.sources(node) != [source]:
+    if at is None or walk.sources(node) != [source] or not is_move(node):
         return _unknown(walk, node)
     wanted = move(node, at.ids.expand(shape(source)))
     if wanted is None:
@@ -335,6 +344,8 @@ def _pointwise(product: Contraction) -> bool:
 
 def _token_product(walk: _Walk, node: fx.Node) -> Scaled | str:
     """A product of two activations: each may carry a scalar, but not along the axis that is summed."""
+    if any(len(shape(x)) < 2 for x in _args(node)[:2]):
+        return "is a product with a vector"
     operands = [(x, axis) for x, axis in zip(_args(node)[:2], (-1, -2), strict=True) if walk.at(x)]
     for x, axis in operands:
         ids = walk.found.scaled[x].ids

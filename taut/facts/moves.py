@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from taut.graph import shape
-from taut.lift._match import CASTS
+from taut.lift._match import CASTS, is_cast
 
 aten = torch.ops.aten
 
@@ -53,11 +53,20 @@ MOVES = (
 
 
 def is_move(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target in MOVES
+    return node.op == "call_function" and node.target in MOVES and (node.target not in CASTS or is_cast(node))
 
 
 def constant_along(array: Tensor, axis: int) -> bool:
+    array = without_repeats(array)
     return bool((array == array.narrow(axis, 0, 1)).all())
+
+
+def without_repeats(array: Tensor) -> Tensor:
+    """One of each of what an expanded array only seems to hold several times."""
+    for axis, stride in enumerate(array.stride()):
+        if stride == 0 and array.shape[axis] > 1:
+            array = array.narrow(axis, 0, 1)
+    return array
 
 
 def move(node: fx.Node, array: Any) -> Any | None:

@@ -30,8 +30,17 @@ def is_call(node: Any, *targets: Any) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
 
+REALS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
 def is_cast(node: Any) -> bool:
-    return is_call(node, *CASTS)
+    """Whether a node is its argument as a real number: a cast to integers, bool or eight bits is not."""
+    if not is_call(node, *CASTS):
+        return False
+    if node.target is aten.dropout.default and node.args[2]:
+        return False
+    had, has = (n.meta["val"].dtype for n in (node.args[0], node))
+    return has == had or (has in REALS and not had.is_complex)
 
 
 def through_casts(node: Any) -> Any:
