@@ -199,6 +199,7 @@ def _command(as_json: bool, threads: int | None) -> Iterator[None]:
             import torch
 
             torch.set_num_threads(threads)
+        _quiet()
         yield
     except KeyboardInterrupt:
         print("interrupted; nothing was left behind", file=sys.stderr)
@@ -214,6 +215,14 @@ def _command(as_json: bool, threads: int | None) -> Iterator[None]:
             if cure:
                 print(f"cure:  {cure}", file=sys.stderr)
         raise typer.Exit(code) from None
+
+
+def _quiet() -> None:
+    """Keep transformers' progress bars and remarks to itself; what it raises is told."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
 
 def _explain(error: Exception) -> tuple[int | None, str, str, dict[str, Any] | None]:

@@ -17,11 +17,11 @@ from taut.api import Progress
 
 DEMO = Path(__file__).parent / "demo"
 MODEL = DEMO / "model"
-PROMPT = "def mean(values):\n    "
+PROMPT = "def __init__(self, name):\n        "
 FOLD = "fold_norm"
 SAME = (
-    "The same model with less to compute. In float64 the two agree to {:.0e}; what differs in the last\n"
-    "digits of the perplexity is that bfloat16 stores each folded weight rounded once."
+    "The same model, with less to compute. In float64 both agree to {:.0e}. The last digits of the perplexity "
+    "differ because bfloat16 stores each folded weight rounded once."
 )
 
 
@@ -74,7 +74,7 @@ def compare(before: Path, after: Path) -> list[tuple[str, str, str]]:
     sizes = [sum(f.stat().st_size for f in path.glob("*.safetensors")) for path in (before, after)]
     return [
         ("perplexity on held-out text", f"{perplexities[0]:.4f}", f"{perplexities[1]:.4f}"),
-        ("continues 'def mean(values):' with", lines[0], lines[1]),
+        (f"continues '{PROMPT.strip()}' with", lines[0], lines[1]),
         ("weights on disk", f"{sizes[0] / 1e6:.2f} MB", f"{sizes[1] / 1e6:.2f} MB"),
     ]
 

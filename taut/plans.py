@@ -70,7 +70,7 @@ class Plan:
             refused = tuple(Refusal(**r) for r in record.get("refused", ()))
             form, outputs = form_of(record["form"]).name, record["outputs"]
             return Plan(form, outputs, steps, refused, dict(record.get("absent", {})))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError) as error:
             raise BadPlan(f"this is not a plan that `taut plan` made: {error!r}") from error
 
     @staticmethod

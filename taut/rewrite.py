@@ -114,9 +114,10 @@ def _chosen(name: str, found: list[Site], wanted: set[str]) -> list[Site]:
             raise ValueError(f"{name} refuses {where}: {by_where[where].refused}")
     chosen = [site for site in found if site.where in wanted]
     for site in chosen:
-        missing = [w for w in getattr(site.detail, "together", ()) if w not in wanted]
-        if missing:
-            raise ValueError(f"{name} at {site.where} shares a parameter with {missing[0]}: both or neither")
+        partners = {id(detail) for detail in getattr(site.detail, "together", ())}
+        missing = next((s for s in found if id(s.detail) in partners and s.where not in wanted), None)
+        if missing is not None:
+            raise ValueError(f"{name} at {site.where} shares a parameter with {missing.where}: both or neither")
     return chosen
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from taut.demonstrate import Demonstration
     from taut.plans import Plan
     from taut.proof import Evidence
+    from taut.rewrite import Rewrite
     from taut.techniques import Technique
 
 console = Console(highlight=False)
@@ -35,7 +36,10 @@ def told(what: str | Inspection | Applied | Evidence) -> None:
     if isinstance(what, str):
         console.print(f"\n[bold]{escape(what)}[/bold]")
     elif isinstance(what, Inspection):
-        inspection(what)
+        rows: list[Row] = [(site["rewrite"], site["where"], site["refused"]) for site in what.sites]
+        folds = [row for row in rows if row[0] == LISTED]
+        _summary(what, sum(row[2] is None for row in folds), len(folds))
+        _sites(folds)
     elif isinstance(what, Applied):
         console.print(f"{_count(what.plan.applied, 'norm')} folded, written to {Path(what.out or '').name}/")
     else:
@@ -127,19 +131,9 @@ def _verdict(word: str, wheres: Iterable[str], reason: str) -> None:
 
 
 def inspection(found: Inspection, facts: bool = False, graph: bool = False, everything: bool = False) -> None:
-    console.print(
-        f"[bold]{found.model_class}[/bold]: {size(found.parameters, '')} parameters, {size(found.bytes)}; "
-        f"it returns {' and '.join(found.outputs)}"
-    )
     rows: list[Row] = [(site["rewrite"], site["where"], site["refused"]) for site in found.sites]
     listed = [row for row in rows if row[0] == LISTED]
-    applies = sum(row[2] is None for row in listed)
-    console.print(
-        f"{applies} of {_count(len(listed), 'norm')} can be folded into the layers behind them; "
-        f"{found.idle_parameters:,} parameters ({size(found.idle_bytes)}) then do nothing."
-    )
-    for mark, value in found.prior.items():
-        console.print(f"note: this checkpoint was rewritten before ({mark}: {escape(str(value))})")
+    _summary(found, sum(row[2] is None for row in listed), len(listed))
     _sites(rows if everything else listed)
     if not everything:
         _others(rows)
@@ -150,22 +144,39 @@ def inspection(found: Inspection, facts: bool = False, graph: bool = False, ever
         console.print(text(found.graph, columns(found.graph) if facts else None), markup=False, soft_wrap=True)
 
 
+def _summary(found: Inspection, applies: int, norms: int) -> None:
+    console.print(f"[bold]{found.model_class}[/bold]: {size(found.parameters, '')} parameters, {size(found.bytes)}")
+    console.print(f"{applies} of {_count(norms, 'norm')} can be folded into the layers behind them.")
+    if found.idle_parameters:
+        console.print(f"{_count(found.idle_parameters, 'parameter')} ({size(found.idle_bytes)}) then do nothing.")
+    for mark, value in found.prior.items():
+        _paragraph(f"note: this checkpoint was rewritten before ({mark}: {value})")
+
+
 def _others(rows: list[Row]) -> None:
     """One line for each rewrite whose sites are not listed."""
-    from taut.rewrite import STOCK, rewrites
+    from taut.rewrite import rewrites
 
-    console.print("\nOther rewrites, each on the model as it is (--all lists their sites):")
-    grid = Table.grid(padding=(0, 2))
+    grid, without = Table.grid(padding=(0, 2)), []
     for name, rewrite in rewrites().items():
-        if name == LISTED:
-            continue
         verdicts = [reason is None for rewrite, _, reason in rows if rewrite == name]
-        sites = f"{sum(verdicts)} of {_count(len(verdicts), 'site')}" if verdicts else "no sites"
-        remarks = [] if STOCK in rewrite.forms else ["taut form"]
-        remarks += ["only by name"] if rewrite.asked else []
-        remarks += [rewrite.exactness.name] if rewrite.exactness.name != "ALGEBRAIC" else []
-        grid.add_row("", name, sites, ", ".join(remarks))
-    console.print(grid)
+        if verdicts and name != LISTED:
+            grid.add_row("", name, f"{sum(verdicts)} of {_count(len(verdicts), 'site')}", _remarks(rewrite))
+        elif not verdicts:
+            without.append(name)
+    if grid.row_count:
+        console.print("\nOther rewrites, each on the model as it is (--all lists their sites):")
+        console.print(grid)
+    if without:
+        _paragraph(f"No place for {', '.join(without)}.")
+
+
+def _remarks(rewrite: Rewrite) -> str:
+    from taut.rewrite import STOCK, Exactness
+
+    exact = rewrite.exactness in (Exactness.BITWISE, Exactness.ALGEBRAIC)
+    said = {"taut form": STOCK not in rewrite.forms, "only by name": rewrite.asked, rewrite.exactness.name: not exact}
+    return ", ".join(remark for remark, holds in said.items() if holds)
 
 
 def plan(made: Plan, out: Path | None) -> None:
@@ -219,7 +230,7 @@ def _lines(found: Evidence) -> Iterable[tuple[str, str]]:
     """What was checked, a line each; for outputs that were only compared, nothing."""
     if found.outputs:
         kept = [name if what == "values" else f"{what} of {name}" for name, what in found.outputs.items()]
-        yield "promise", f"{found.exactness}, on {' and '.join(kept)}"
+        yield "promise", f"{_words(found.exactness)}, for {' and '.join(kept)}"
         yield "float64", f"largest difference {found.float64_error:.1e} of the largest value (limit 1e-12)"
         yield found.dtype, f"error {found.error_ratio:.2f} times the original's own (limit 2)"
         yield "tensors", f"{found.tensors_checked} rewritten, each its float64 value rounded once"
@@ -231,6 +242,12 @@ def _lines(found: Evidence) -> Iterable[tuple[str, str]]:
         yield "routing", f"{found.choices_flipped} choices would fall otherwise in {found.dtype}"
     if not found.passed and found.worst:
         yield "first off", found.worst
+
+
+def _words(exactness: str) -> str:
+    from taut.rewrite import Exactness
+
+    return f"{exactness}: {Exactness[exactness].value}"
 
 
 def techniques(rows: list[Technique]) -> None:

@@ -205,7 +205,8 @@ def _ties(model: nn.Module) -> dict[str, str]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         key: Any = id(parameter)
         if parameter.device.type != "meta":
-            key = (parameter.untyped_storage().data_ptr(), parameter.storage_offset(), parameter.shape)
+            start = parameter.untyped_storage().data_ptr(), parameter.storage_offset()
+            key = (*start, parameter.shape, parameter.stride())
         ties[name] = first.setdefault(key, name)
     return ties
 

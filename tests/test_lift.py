@@ -19,7 +19,6 @@ aten = torch.ops.aten
 # Counted by hand from the modeling code, two layers each: rope (q and k), attention, gated feed-forwards.
 WORDS = {
     "llama": (4, 2, 2),
-    "qwen2": (4, 2, 2),
     "qwen3": (4, 2, 2),
     "gemma2": (4, 2, 2),  # eager attention with a softcap
     "olmo2": (4, 2, 2),
@@ -31,7 +30,6 @@ WORDS = {
     "t5": (0, 6, 0),  # relu, not gated
     "vit": (0, 2, 0),
     "cohere": (4, 2, 2),  # interleaved
-    "gemma3": (4, 2, 2),
     "opt": (0, 2, 0),
     "mamba": (0, 0, 2),  # the scan's output times silu of the gate
 }

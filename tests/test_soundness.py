@@ -66,6 +66,9 @@ class Judge:
         self.applied = 0
 
     def check(self, graph: Graph, done: object) -> None:
+        for name, tensor in self.raw.tensors.items():
+            if name in graph.values:
+                assert graph.evaluate(name).shape == tensor.shape, (name, done)
         off = error(computed(graph, self.inputs), self.true)
         if off > SAME and well_posed(self.model, self.inputs, self.true):
             pytest.fail(f"off by {off:.1e} after {done}\n{self.lifted}")
@@ -77,9 +80,14 @@ class Judge:
             done = [(step.rewrite, step.sites) for step in plan.steps]
             self.applied += plan.applied
             self.check(after, done)
-            again, _ = plan_and_apply(after, form)
-            assert again.applied == 0, f"{again.steps} after {done}"
+            self.check_twice(after, form)
         self.check_random_order(random.Random(seed))
+
+    def check_twice(self, after: Graph, form: str) -> None:
+        """What a plan has applied it finds applied; only a merge may become possible, of layers that lost a bias."""
+        again, _ = plan_and_apply(after, form)
+        steps = [step for step in again.steps if step.rewrite != "merge_linears"]
+        assert not steps, steps
 
     def check_random_order(self, rng: random.Random, steps: int = 4) -> None:
         graph, done = self.lifted, []

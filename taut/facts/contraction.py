@@ -77,37 +77,46 @@ def _convolution(node: fx.Node, known: dict[fx.Node, bool]) -> Contraction | Non
 
 @dataclass(frozen=True)
 class Place:
-    """Where an axis of a weight lies in the checkpoint: position j of the axis is `order[j]` of the parameter's."""
+    """Where an axis of a weight lies in the checkpoint: position j of the axis is `order[j]` of the parameter's.
+
+    `size` is that of the parameter's axis.
+    """
 
     parameter: str
     axis: int
     order: tuple[int, ...] | None
+    size: int
 
-    def along(self, size: int, values: tuple[int, ...]) -> tuple[int, ...]:
+    def along(self, values: tuple[int, ...]) -> tuple[int, ...]:
         """Per position of the parameter's own axis what `values` says per position of the weight's; -1 unsaid."""
         if self.order is None:
             return values
-        spread = [-1] * size
+        spread = [-1] * self.size
         for position, value in zip(self.order, values, strict=True):
             spread[position] = value
         return tuple(spread)
 
 
-def place(graph: Graph, node: Any, axis: int) -> Place | str:
-    """The parameter and its axis that an axis of a weight expression is; else the reason why there is none."""
+def place(graph: Graph, node: Any, axis: int, *, multiplied: bool = False) -> Place | str:
+    """The parameter and its axis that an axis of a weight expression is; else the reason why there is none.
+
+    Where the weight is the parameter times a number, there is none either, but for a caller to whom a `multiplied`
+    one is as good.
+    """
     chain: list[fx.Node] = []
     while not (isinstance(node, fx.Node) and node.op == "placeholder"):
-        if not is_move(node) and not _times_number(node):
+        if not is_move(node) and not (multiplied and _times_number(node)):
             return f"its weight is computed by {name_of(node)}"
         chain.append(node)
         node = node.args[0]
     parameter = node.meta["tensor"]
     if not chain:
-        return Place(parameter, axis, None)
+        return Place(parameter, axis, None, shape(node)[axis])
     for own in range(len(shape(node))):
         order = _order(node, list(reversed(chain)), own, axis)
         if order is not None:
-            return Place(parameter, own, None if order == tuple(range(shape(node)[own])) else order)
+            size = shape(node)[own]
+            return Place(parameter, own, None if order == tuple(range(size)) else order, size)
     return "the input axis of its weight is not one axis of a parameter"
 
 
@@ -132,6 +141,8 @@ def _order(leaf: fx.Node, chain: list[fx.Node], own: int, axis: int) -> tuple[in
 
 def line_along(array: Tensor, axis: int) -> Tensor | None:
     """The values along an axis, if they are the same at every position of the others."""
+    if not array.numel():
+        return None
     line = array
     for other in range(array.ndim):
         if other != axis % array.ndim:
@@ -165,3 +176,18 @@ def uses(graph: Graph) -> dict[str, set[fx.Node]]:
                 else:
                     found[name].add(user)
     return found
+
+
+def times_read(node: fx.Node, parameter: str) -> int:
+    """How many of a node's arguments are computed from a parameter, among those computed from parameters alone."""
+    arguments: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), arguments.append)
+    known: dict[fx.Node, bool] = {}
+    return sum(is_constant(argument, known) and parameter in _parameters(argument) for argument in arguments)
+
+
+def _parameters(node: fx.Node) -> set[str]:
+    """The names of the parameters that an expression of parameters alone is computed from."""
+    if node.op == "placeholder":
+        return {node.meta["tensor"]}
+    return set().union(*(_parameters(source) for source in node.all_input_nodes))

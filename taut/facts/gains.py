@@ -12,9 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from taut.facts.moves import is_move
 from taut.graph import Float64, Graph, call, shape
-from taut.lift._match import is_constant
+from taut.lift._match import is_call, is_constant
 from taut.values import Affine, Filled, Value
+
+
+aten = torch.ops.aten
+QUOTIENTS = (aten.div.Tensor,)
+AFFINE = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.neg.default, aten.rsub.Scalar, *QUOTIENTS)
 
 
 @dataclass(frozen=True)
@@ -47,18 +53,30 @@ def gain_of(graph: Graph, node: Any) -> Gain | str:
     _collect(node, leaves)
     if len(leaves) != 1:
         return "its gain is computed from several parameters"
+    if not _is_affine(node):
+        return "its gain is not an affine function of a parameter"
     leaf = next(iter(leaves))
     size = shape(leaf)
     zero, one = _at(node, leaf, torch.zeros(size)), _at(node, leaf, torch.ones(size))
     trial = torch.linspace(-2.0, 3.0, max(1, int(torch.Size(size).numel())), dtype=torch.float64).view(size)
     there = _at(node, leaf, trial)
     scale, offset = (one - zero), zero
-    if there.numel() != trial.numel() or not bool((scale == scale.flatten()[0]).all() & (zero == zero.flatten()[0]).all()):
+    alike = bool((scale == scale.flatten()[0]).all()) and bool((zero == zero.flatten()[0]).all())
+    if there.numel() != trial.numel() or not alike:
         return "its gain is not the same affine function of every element of a parameter"
     expected = scale.flatten()[0] * trial.flatten() + offset.flatten()[0]
     if scale.flatten()[0] == 0 or not torch.allclose(there.flatten(), expected, rtol=1e-12, atol=1e-12):
         return "its gain is not an affine function of a parameter"
     return Gain(leaf.meta["tensor"], size, float(scale.flatten()[0]), float(offset.flatten()[0]))
+
+
+def _is_affine(node: fx.Node) -> bool:
+    """Whether only casts, movements, and sums and products with numbers lie between a parameter and here."""
+    if node.op == "placeholder":
+        return True
+    sources = [arg for arg in node.args if isinstance(arg, fx.Node)]
+    plain = is_call(node, *AFFINE) and len(sources) == 1 and not (node.target in QUOTIENTS and sources[0] is node.args[1])
+    return (is_move(node) or plain) and _is_affine(sources[0])
 
 
 def _collect(node: fx.Node, leaves: set[fx.Node]) -> None:

@@ -4,8 +4,8 @@ Both rest on one rule a node: `flow(node, axis)` names the sources, each with an
 the node's centring along this one. Parameters are sources like any other: a linear layer's output is centred by its
 weight's and its bias's output axis. What has no rule loses zero mean, and counts as a reader that cannot be changed.
 
-Source: Jiang, Gu, Zhu and Pan, Pre-RMSNorm and Pre-CRMSNorm Transformers, 2023, arXiv:2305.14858, section 3; the
-reverse traversal of a zero-mean graph: Luo et al., Enjoy Your Layer Normalization, 2026, arXiv:2605.14521.
+Source: Jiang, Gu, Zhu and Pan, Pre-RMSNorm and Pre-CRMSNorm Transformers, 2023, arXiv:2305.14858; the traversal
+from a norm back to its writers: Guo et al., Enjoy Your Layer Normalization, 2026, arXiv:2605.14521, algorithm 1.
 Differs: the readers are checked as well as the writers: each must be blind to the mean, or nothing is centred.
 """
 

@@ -58,7 +58,7 @@ def is_move(node: fx.Node) -> bool:
 
 def constant_along(array: Tensor, axis: int) -> bool:
     array = without_repeats(array)
-    return bool((array == array.narrow(axis, 0, 1)).all())
+    return not array.numel() or bool((array == array.narrow(axis, 0, 1)).all())
 
 
 def without_repeats(array: Tensor) -> Tensor:

@@ -212,12 +212,14 @@ def _product_with_values(weights: fx.Node) -> fx.Node | None:
 
 
 def _mask(graph: Graph, scores: Scores, before: fx.Node) -> fx.Node | None:
-    """One tensor of numbers to add."""
+    """One tensor of numbers to add. What is put in where a mask holds is put in there, over what was added before."""
     total: fx.Node | None = None
     for part in scores.added:
         if isinstance(part, tuple):
-            part = graph.insert(aten.where.Scalar, (part[0], part[1], 0.0), before)
-        total = part if total is None else graph.insert(aten.add.Tensor, (total, part), before)
+            fill = aten.where.Scalar if total is None else aten.where.ScalarSelf
+            total = graph.insert(fill, (*part, 0.0 if total is None else total), before)
+        else:
+            total = part if total is None else graph.insert(aten.add.Tensor, (total, part), before)
     return total
 
 

@@ -5,7 +5,7 @@
 Every reader of the stream must be blind to the mean, which a LayerNorm is, and every writer's parameter must be used
 for this alone. Where the input has mean zero anyway, the norm changes and nothing else.
 
-Source: Jiang, Gu, Zhu and Pan, Pre-RMSNorm and Pre-CRMSNorm Transformers, 2023, arXiv:2305.14858, section 3.1.
+Source: Jiang, Gu, Zhu and Pan, Pre-RMSNorm and Pre-CRMSNorm Transformers, 2023, arXiv:2305.14858.
 Differs: writers and readers are found by data flow; tied embeddings, post-norm and streams that are also returned or
 read by anything but a LayerNorm are refused; convolutions, tokens and positions that stand in the stream are centred.
 """
@@ -29,28 +29,29 @@ from taut.values import Centred
 aten = torch.ops.aten
 
 
-@dataclass
+@dataclass(eq=False)
 class Centring:
     """One norm to change, with the parameters that must be centred, each along its axis."""
 
     norm: fx.Node
     writers: dict[str, int]
-    together: tuple[str, ...] = ()
+    together: tuple[Centring, ...] = ()
 
 
 def sites(graph: Graph, form: Form) -> list[Site]:
     means = Means(graph)
     streams: dict[fx.Node, Stream] = {}
+    centrings = {norm: Centring(norm, {}) for norm in graph.calls(layer_norm)}
     found: list[Site] = []
-    for norm in graph.calls(layer_norm):
+    for norm, centring in centrings.items():
         x: Any = norm.args[0]
         if means.is_zero(x, len(shape(norm)) - 1):
-            found.append(Site(_where(norm), note="its input has mean zero as it is", detail=Centring(norm, {})))
+            found.append(Site(_where(norm), note="its input has mean zero as it is", detail=centring))
             continue
         if norm not in streams:
             stream = means.stream(norm)
             streams |= dict.fromkeys(stream.norms, stream)
-        found.append(_site(norm, streams[norm]))
+        found.append(_site(centring, streams[norm], centrings))
     return found
 
 
@@ -58,12 +59,13 @@ def _where(norm: fx.Node) -> str:
     return norm.meta["where"] or norm.name
 
 
-def _site(norm: fx.Node, stream: Stream) -> Site:
+def _site(centring: Centring, stream: Stream, centrings: dict[fx.Node, Centring]) -> Site:
+    where = _where(centring.norm)
     if stream.refused is not None:
-        return Site(_where(norm), stream.refused)
-    together = tuple(_where(other) for other in stream.norms if other is not norm)
-    detail = Centring(norm, stream.writers, together)
-    return Site(_where(norm), None, writes=tuple(sorted(stream.writers)), detail=detail)
+        return Site(where, stream.refused)
+    centring.writers = stream.writers
+    centring.together = tuple(centrings[other] for other in stream.norms if other is not centring.norm)
+    return Site(where, None, writes=tuple(sorted(stream.writers)), detail=centring)
 
 
 def change(graph: Graph, chosen: list[Site]) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from taut.facts.contraction import CONVOLUTIONS, Contraction, line_along, name_of, place, uses
 from taut.facts.gains import gain_of
@@ -71,14 +71,12 @@ class Fold:
 
 def sites(graph: Graph, form: Form) -> list[Site]:
     used = uses(graph)
-    found = []
-    for norm in graph.calls(aten.batch_norm.default):
-        fold = _fold(graph, norm, used)
-        where = norm.meta["where"] or norm.name
-        found.append(
-            Site(where, fold) if isinstance(fold, str) else Site(where, writes=tuple(fold.becomes), detail=fold)
-        )
-    return found
+    return [_site(norm, _fold(graph, norm, used)) for norm in graph.calls(aten.batch_norm.default)]
+
+
+def _site(norm: fx.Node, fold: Fold | str) -> Site:
+    where = norm.meta["where"] or norm.name
+    return Site(where, fold) if isinstance(fold, str) else Site(where, writes=tuple(fold.becomes), detail=fold)
 
 
 def _fold(graph: Graph, norm: fx.Node, used: dict[str, set[fx.Node]]) -> Fold | str:
@@ -125,12 +123,11 @@ def _into_writer(graph: Graph, norm: fx.Node, affine: Affine) -> Fold | str:
     layer, moves = _behind(norm)
     if not is_call(layer, linear, *CONVOLUTIONS):
         return f"it reads {_said(layer)}"
-    if len(layer.users) != 1:
-        others = [user for user in layer.users if user is not (moves[-1] if moves else norm)]
+    others = [user for user in _value_users(layer) if user is not (moves[-1] if moves else norm)]
+    if others:
         return f"what it reads is also read by {name_of(others[0])}"
     index: Any = torch.arange(channels, dtype=torch.int32)
-    axis = len(shape(layer)) - 1 if layer.target is linear else len(shape(layer)) - len(shape(layer.args[1])) + 1
-    index = index.view([-1 if a == axis else 1 for a in range(len(shape(layer)))]).expand(shape(layer))
+    index = index.view([-1 if a == _out_axis(layer) else 1 for a in range(len(shape(layer)))]).expand(shape(layer))
     for node in reversed(moves):
         index = None if index is None else move(node, index)
     line = None if index is None else line_along(index, CHANNEL)
@@ -144,10 +141,15 @@ def _into_writer(graph: Graph, norm: fx.Node, affine: Affine) -> Fold | str:
 def _behind(norm: Any) -> tuple[Any, list[fx.Node]]:
     """The node behind movements of its input that nothing else reads, and those movements."""
     node, moves = norm.args[0], []
-    while is_move(node) and not is_getitem(node) and len(node.users) == 1:
+    while is_move(node) and not is_getitem(node) and len(_value_users(node)) == 1:
         moves.append(node)
         node = node.args[0]
     return node, moves
+
+
+def _value_users(node: fx.Node) -> list[fx.Node]:
+    """Who reads more of a node than its shape."""
+    return [user for user in node.users if user.target is not aten.reshape_as.default or user.args[0] is node]
 
 
 def _said(node: fx.Node) -> str:
@@ -157,7 +159,7 @@ def _said(node: fx.Node) -> str:
 def _take_rows(graph: Graph, fold: Fold, layer: Any, affine: Affine) -> str | None:
     weight, bias = layer.args[1], (*layer.args, None)[2]
     spot = place(graph, weight, 0)
-    if layer.kwargs or layer.args[3:] and layer.target is linear:
+    if layer.kwargs or (layer.args[3:] and layer.target is linear):
         return f"{name_of(layer)} has options that it cannot be folded into"
     if isinstance(spot, str) or spot.order is not None:
         return f"the weight of {name_of(layer)} is not laid out as its outputs"
@@ -189,7 +191,8 @@ def _unable(reader: Reader) -> str | None:
     product = reader.contraction
     if product.padded:
         return f"{name_of(product.node)}, which reads it, pads its input with zeros"
-    if product.depthwise or reader.gain_only or product.node.kwargs or product.node.target not in (linear, *CONVOLUTIONS):
+    takes = is_call(product.node, linear, *CONVOLUTIONS) and not product.node.kwargs
+    if product.depthwise or reader.gain_only or not takes:
         return f"{name_of(product.node)}, which reads it, cannot take an offset"
     return None
 
@@ -222,13 +225,9 @@ def change(graph: Graph, chosen: list[Site]) -> None:
         graph.values.update(fold.becomes)
         for layer, value in fold.biases.items():
             _add_bias(graph, layer, value)
-        fold.norm.replace_all_uses_with(_source(graph, fold.norm))
+        source: Any = fold.norm.args[0]
+        fold.norm.replace_all_uses_with(source)
         _remove(graph, fold.norm)
-
-
-def _source(graph: Graph, norm: Any) -> fx.Node:
-    source: fx.Node = norm.args[0]
-    return source
 
 
 def _add_bias(graph: Graph, layer: Any, value: Value) -> None:

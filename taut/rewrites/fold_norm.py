@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import fx
 
-from taut.facts.contraction import name_of, place, uses
+from taut.facts.contraction import name_of, place, times_read, uses
 from taut.facts.gains import Gain, gain_of
 from taut.facts.readers import Reader, readers
 from taut.graph import Graph, shape
@@ -29,15 +29,14 @@ from taut.rewrite import Exactness, Form, Rewrite, Site
 from taut.values import Filled, Pick, Scaled, Shifted, Value, varies_along
 
 
-@dataclass
+@dataclass(eq=False)
 class Fold:
     """What folding one norm does: `becomes` by parameter, and the nodes through which it may be used."""
 
     norm: fx.Node
     becomes: dict[str, Value]
     through: dict[str, set[fx.Node]]
-    where: str
-    together: tuple[str, ...] = ()
+    together: tuple[Fold, ...] = ()
     new_bias: tuple[Reader, ...] = ()
 
 
@@ -77,7 +76,7 @@ def _fold(graph: Graph, norm: fx.Node, form: Form, used: dict[str, set[fx.Node]]
     found = readers(graph, norm, shape(gain_node))
     if isinstance(found, str):
         return found
-    fold = Fold(norm, {}, {}, norm.meta["where"])
+    fold = Fold(norm, {}, {})
     fold.becomes[gain.parameter] = gain.neutral(1.0)
     fold.through[gain.parameter] = {norm}
     if bias is not None:
@@ -97,11 +96,10 @@ def _does_nothing(graph: Graph, gain: Gain, value: float) -> bool:
 def _take(graph: Graph, fold: Fold, reader: Reader, gain: Gain, bias: Gain | None, form: Form) -> str | None:
     """Let one reader take the gain; a reason where it cannot."""
     product = reader.contraction
-    spot = place(graph, product.weight, product.axis)
+    spot = place(graph, product.weight, product.axis, multiplied=bias is None)
     if isinstance(spot, str):
         return f"{name_of(product.node)}: {spot}"
-    size = tuple(graph.tensors[spot.parameter].shape)[spot.axis]
-    order = spot.along(size, reader.features)
+    order = spot.along(reader.features)
     if -1 in order:
         return f"{spot.parameter} is read only in part"
     weight = graph.values[spot.parameter]
@@ -163,6 +161,9 @@ def _agreeing(graph: Graph, found: list[tuple[Site, Fold | None]], used: dict[st
 
 def _conflict(graph: Graph, fold: Fold, wanted: dict[str, list[Fold]], used: dict[str, set[fx.Node]]) -> str | None:
     for parameter, value in fold.becomes.items():
+        twice = next((n for n in fold.through[parameter] if times_read(n, parameter) > 1), None)
+        if twice is not None:
+            return f"{parameter} is read twice by {name_of(twice)}"
         through = set().union(*(other.through[parameter] for other in wanted[parameter]))
         if any(other.becomes[parameter] != value for other in wanted[parameter]):
             return f"another norm would change {parameter} otherwise"
@@ -183,8 +184,8 @@ def _unwritable(graph: Graph, fold: Fold) -> str | None:
 
 def _bound(site: Site, fold: Fold | None, wanted: dict[str, list[Fold]]) -> Site:
     if fold is not None:
-        partners = {other.where for parameter in fold.becomes for other in wanted[parameter]} - {fold.where}
-        fold.together = tuple(sorted(partners))
+        partners = {id(other): other for parameter in fold.becomes for other in wanted[parameter]}
+        fold.together = tuple(other for other in partners.values() if other is not fold)
         return Site(site.where, site.refused, site.reads, site.writes, site.note, fold)
     return site
 

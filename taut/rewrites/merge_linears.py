@@ -4,7 +4,7 @@
 
 One product reads x once and keeps a machine busier than several small ones.
 
-Source: Shoeybi et al., Megatron-LM, 2019, arXiv:1909.08053, section 3 (query, key and value as one product).
+Source: Shoeybi et al., Megatron-LM, 2019, arXiv:1909.08053 (query, key and value as one product, in its code).
 Differs: siblings are found by data flow; shared weights, mixed dtypes and a bias in some of them only are refused.
 """
 

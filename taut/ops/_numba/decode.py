@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 
 from taut.ops._numba.parallel import shared
-from taut.ops._numba.scalar import JIT, array, down, exp, span, tanh, up
+from taut.ops._numba.scalar import JIT, array, borrowed, down, exp, span, tanh, up
 from taut.ops._numba.simd import blend, dots, peak, tile
 
 HIDDEN = nb.float32(-np.inf)
@@ -162,6 +162,7 @@ def pieces(part, parts, wide, k, k_strides, v, v_strides, shape, cap, mask, mask
            peaks, totals, sums, k_tag, mask_tag):  # fmt: skip
     """The part-th share of all chunks of all key heads of all sequences."""
     batch, heads, kv_heads, lowest, keys, step = shape
+    wide, peaks, totals, sums = borrowed(wide), borrowed(peaks), borrowed(totals), borrowed(sums)
     (chunks, _, dv), d, group = sums.shape, wide.shape[1], heads // kv_heads
     scores = np.empty((group, step), np.float32)
     begin, end = span(batch * kv_heads * chunks, part, parts)

@@ -56,60 +56,62 @@ def gather(x, gain, norm, eps, tokens, k, x_tag, gain_tag):
     return h, alpha
 
 
-def row_dots(weight, scale, row, h, k, out, room, w_tag, s_tag):
-    """out[t] = (dequantized row of the weight) . h[t]."""
+def row_dots(weight, scale, row, x, tokens, k, out, w_tag, s_tag):
+    """out[t] = (dequantized row of the weight) . x[t]; behind out there is room for k / 32 more float32.
+
+    Works on addresses, since passing arrays counts references.
+    """
 
 
 @overload(row_dots, inline="always", jit_options=JIT)
-def _(weight, scale, row, h, k, out, room, w_tag, s_tag):
+def _(weight, scale, row, x, tokens, k, out, w_tag, s_tag):
     if w_tag == nb.uint8:
         return _row_dots_int4
     return _row_dots_int8 if w_tag == nb.int8 else _row_dots_float
 
 
-def _row_dots_float(weight, scale, row, h, k, out, room, w_tag, s_tag):
-    each_dot(weight + row * k * array(weight, 1, w_tag).itemsize, h, k, out, w_tag)
+def _row_dots_float(weight, scale, row, x, tokens, k, out, w_tag, s_tag):
+    each_dot(weight + row * k * array(weight, 1, w_tag).itemsize, x, tokens, k, out, w_tag)
 
 
-def _row_dots_int8(weight, scale, row, h, k, out, room, w_tag, s_tag):
-    each_dot(weight + row * k, h, k, out, w_tag)
-    factor = up(array(scale, row + 1, s_tag)[row])
-    for t in range(h.shape[0]):
-        out[t] *= factor
+def _row_dots_int8(weight, scale, row, x, tokens, k, out, w_tag, s_tag):
+    each_dot(weight + row * k, x, tokens, k, out, w_tag)
+    factor, products = up(array(scale, row + 1, s_tag)[row]), array(out, tokens, np.float32(0))
+    for t in range(tokens):
+        products[t] *= factor
 
 
-def _row_dots_int4(weight, scale, row, h, k, out, room, w_tag, s_tag):
+def _row_dots_int4(weight, scale, row, x, tokens, k, out, w_tag, s_tag):
     groups = k // 32
     scales = array(scale + row * groups * array(scale, 1, s_tag).itemsize, groups, s_tag)
+    room = array(out + 4 * tokens, groups, np.float32(0))
     for g in range(groups):
         room[g] = up(scales[g])
-    each_dot_int4(weight + row * (k // 2), room, h, groups, out)
+    each_dot_int4(weight + row * (k // 2), out + 4 * tokens, x, tokens, groups, out)
 
 
 @njit(**JIT)
-def each_dot(row, h, k, out, w_tag):
-    tokens, stride, x, to = h.shape[0], 4 * k, h.ctypes.data, out.ctypes.data
-    t = 0
+def each_dot(row, x, tokens, k, out, w_tag):
+    stride, t = 4 * k, 0
     while t + 4 <= tokens:
-        dots(w_tag, 4, row, x + t * stride, stride, k, to + 4 * t)
+        dots(w_tag, 4, row, x + t * stride, stride, k, out + 4 * t)
         t += 4
     if tokens - t == 3:
-        dots(w_tag, 3, row, x + t * stride, stride, k, to + 4 * t)
+        dots(w_tag, 3, row, x + t * stride, stride, k, out + 4 * t)
     elif tokens - t == 2:
-        dots(w_tag, 2, row, x + t * stride, stride, k, to + 4 * t)
+        dots(w_tag, 2, row, x + t * stride, stride, k, out + 4 * t)
     elif tokens - t == 1:
-        dots(w_tag, 1, row, x + t * stride, stride, k, to + 4 * t)
+        dots(w_tag, 1, row, x + t * stride, stride, k, out + 4 * t)
 
 
 @njit(**JIT)
-def each_dot_int4(row, scales, h, groups, out):
-    tokens, stride, x, s, to = h.shape[0], 128 * groups, h.ctypes.data, scales.ctypes.data, out.ctypes.data
-    t = 0
+def each_dot_int4(row, scales, x, tokens, groups, out):
+    stride, t = 128 * groups, 0
     while t + 4 <= tokens:
-        dots_int4(4, row, s, x + t * stride, stride, groups, to + 4 * t)
+        dots_int4(4, row, scales, x + t * stride, stride, groups, out + 4 * t)
         t += 4
     while t < tokens:
-        dots_int4(1, row, s, x + t * stride, stride, groups, to + 4 * t)
+        dots_int4(1, row, scales, x + t * stride, stride, groups, out + 4 * t)
         t += 1
 
 
@@ -117,13 +119,14 @@ def each_dot_int4(row, scales, h, groups, out):
 def linear_part(part, parts, h, alpha, w, s, bias, residual, y, n, w_tag, s_tag, b_tag, y_tag):
     """The part-th share of the rows of y = alpha (w h) + bias + residual."""
     tokens, k = h.shape
-    out, room = np.empty(tokens, np.float32), np.empty(k // 32 + 1, np.float32)
+    products = np.empty(tokens + k // 32, np.float32)
+    x, out = h.ctypes.data, products.ctypes.data
     written, added, biases = array(y, (tokens, n), y_tag), array(residual, (tokens, n), y_tag), array(bias, n, b_tag)
     first, last = span(n, part, parts)
     for row in range(first, last):
-        row_dots(w, s, row, h, k, out, room, w_tag, s_tag)
+        row_dots(w, s, row, x, tokens, k, out, w_tag, s_tag)
         for t in range(tokens):
-            value = out[t] * alpha[t]
+            value = products[t] * alpha[t]
             if bias:
                 value += up(biases[row])
             if residual:
@@ -154,14 +157,16 @@ def linear(
 def glu_part(part, parts, h, alpha, gate, gate_s, up_, up_s, y, n, act, w_tag, s_tag, y_tag):
     """The part-th share of the rows of y = act(alpha (gate h)) * alpha (up h)."""
     tokens, k = h.shape
-    g, u, room = np.empty(tokens, np.float32), np.empty(tokens, np.float32), np.empty(k // 32 + 1, np.float32)
+    products = np.empty(2 * tokens + k // 32, np.float32)
+    x, g, u = h.ctypes.data, products.ctypes.data, products.ctypes.data + 4 * tokens
     written = array(y, (tokens, n), y_tag)
     first, last = span(n, part, parts)
     for row in range(first, last):
-        row_dots(gate, gate_s, row, h, k, g, room, w_tag, s_tag)
-        row_dots(up_, up_s, row, h, k, u, room, w_tag, s_tag)
+        row_dots(gate, gate_s, row, x, tokens, k, g, w_tag, s_tag)
+        row_dots(up_, up_s, row, x, tokens, k, u, w_tag, s_tag)
         for t in range(tokens):
-            written[t, row] = down(activate(g[t] * alpha[t], act) * (u[t] * alpha[t]), y_tag)
+            value = activate(products[t] * alpha[t], act) * (products[tokens + t] * alpha[t])
+            written[t, row] = down(value, y_tag)
 
 
 share_glu = shared(glu_part)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numba as nb
+import numpy as np
 from llvmlite import ir
 from numba import extending, njit, types
 from numba.core import cgutils
@@ -92,6 +93,12 @@ def pointer(_typing, address, tag):
 def array(address, shape, tag):
     """The memory at an address as an array of the tag's dtype."""
     return carray(pointer(address, tag), shape)
+
+
+@njit(inline="always", **JIT)
+def borrowed(owned):
+    """The same float32 memory without an owner: threads that count references to one array wait for each other."""
+    return array(owned.ctypes.data, owned.shape, np.float32(0))
 
 
 @njit(inline="always", **JIT)
