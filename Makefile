@@ -1,4 +1,4 @@
-# make demo | test | slow-test | gpu-test | lint. Each sets up .venv first; nothing is installed outside it.
+# make demo | test | slow-test | gpu-test | lint | format | readme. Each sets up .venv first; nothing is installed outside it.
 # WEIGHTS=DIR also tests on a folder of trained checkpoints.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -9,7 +9,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) $(if $(WEIGHTS),--weights $(WEIGHTS))
 
-.PHONY: demo test slow-test gpu-test lint format clean
+.PHONY: demo test slow-test gpu-test lint format readme clean
 
 demo: $(READY)
 	$(BIN)/taut demo
@@ -31,6 +31,10 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Puts the true output of the demo and the table of techniques into the README.
+readme: $(READY)
+	$(BIN)/python tests/test_readme.py
 
 # torch goes first and alone: pip then takes the small build for machines without a GPU wherever it is offered one.
 $(READY): pyproject.toml constraints.txt

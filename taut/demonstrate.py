@@ -63,7 +63,7 @@ def demonstrate(out: Path | None, progress: Progress | None, say: Callable[[Any]
 
 
 def compare(before: Path, after: Path) -> list[tuple[str, str, str]]:
-    """Perplexity on held-out text, a greedy continuation and the size on disk, before and after."""
+    """Perplexity on held-out text and a greedy continuation, before and after."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(before)
@@ -71,19 +71,22 @@ def compare(before: Path, after: Path) -> list[tuple[str, str, str]]:
     text = (DEMO / "heldout.txt").read_text()
     perplexities = [perplexity(model, tokenizer, text) for model in models]
     lines = [continuation(model, tokenizer) for model in models]
-    sizes = [sum(f.stat().st_size for f in path.glob("*.safetensors")) for path in (before, after)]
     return [
         ("perplexity on held-out text", f"{perplexities[0]:.4f}", f"{perplexities[1]:.4f}"),
         (f"continues '{PROMPT.strip()}' with", lines[0], lines[1]),
-        ("weights on disk", f"{sizes[0] / 1e6:.2f} MB", f"{sizes[1] / 1e6:.2f} MB"),
     ]
 
 
-def perplexity(model: nn.Module, tokenizer: Any, text: str) -> float:
-    ids = tokenizer(text, return_tensors="pt").input_ids[:, : model.config.max_position_embeddings]
+def perplexity(model: Any, tokenizer: Any, text: str) -> float:
+    """Of a text after the start token, in windows of the model's context that overlap by one token."""
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text).input_ids]])
+    context, loss = model.config.max_position_embeddings, 0.0
     with torch.inference_mode():
-        logits = model(input_ids=ids).logits
-    return math.exp(nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]).item())
+        for start in range(0, ids.shape[1] - 1, context):
+            window = ids[:, start : start + context + 1]
+            logits = model(input_ids=window[:, :-1]).logits[0].double()
+            loss += nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum").item()
+    return math.exp(loss / (ids.shape[1] - 1))
 
 
 def continuation(model: Any, tokenizer: Any, length: int = 8) -> str:

@@ -11,6 +11,7 @@ slice of it, must move the promised outputs; what does not is reported as unprov
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -71,7 +72,7 @@ class NotProved(Exception):
 
 @dataclass
 class Comparison:
-    """Errors of one run over all inputs: per output, and per node that both graphs have."""
+    """Errors over all inputs, per output: the largest in float64, and the summed squares in the working dtype."""
 
     float64: dict[str, float] = field(default_factory=dict)
     before: dict[str, float] = field(default_factory=dict)
@@ -108,7 +109,7 @@ def prove(
         _compare(before, after, example, stored, promises, compared)
     unproved = _unmoved(after, itertools.chain(inputs, spare)) if movement else []
     float64_error = max(compared.float64.values(), default=0.0)
-    ratios = {k: compared.after[k] / compared.before[k] for k in compared.after}
+    ratios = {k: math.sqrt(compared.after[k] / compared.before[k]) for k in compared.after}
     worst_output = max(compared.float64, key=compared.float64.__getitem__, default="")
     same = float64_error <= SAME_FUNCTION if exactness is Exactness.ALGEBRAIC else True
     error_ratio = max(ratios.values(), default=1.0)
@@ -144,11 +145,15 @@ def _compare(before: Graph, after: Graph, example: Inputs, stored, promises, com
             compared.float64[name] = max(compared.float64.get(name, 0.0), 0.0 if equal else 1.0)
             continue
         _keep_max(compared.float64, name, _largest(same[name], true))
-        rounding = _frobenius(true.to(rough[name].dtype), true)
-        _keep_max(compared.before, name, max(_frobenius(rough[name], true), rounding, torch.finfo(torch.float64).tiny))
-        _keep_max(compared.after, name, _frobenius(new[name], true))
+        rounding = _squared_error(true.to(rough[name].dtype), true)
+        _add(compared.before, name, max(_squared_error(rough[name], true), rounding, torch.finfo(torch.float64).tiny))
+        _add(compared.after, name, _squared_error(new[name], true))
     if max(compared.float64.values(), default=0.0) <= SAME_FUNCTION:
         compared.first_off = ""
+
+
+def _add(errors: dict[str, float], name: str, error: float) -> None:
+    errors[name] = errors.get(name, 0.0) + error
 
 
 def _keep_max(errors: dict[str, float], name: str, error: float) -> None:
@@ -164,12 +169,11 @@ def _largest(one: Tensor, true: Tensor) -> float:
     return (one[finite] - true[finite]).abs().max().item() / scale if scale else 0.0
 
 
-def _frobenius(one: Tensor, true: Tensor) -> float:
+def _squared_error(one: Tensor, true: Tensor) -> float:
+    """The squared Frobenius norm of the difference, where the truth is finite; to be summed over inputs."""
     finite = torch.isfinite(true)
-    if not bool(torch.isfinite(one[finite]).all()):
-        return float("inf")
-    norm = true[finite].norm().item()
-    return (one[finite].double() - true[finite]).norm().item() / norm if norm else 0.0
+    difference = one[finite].double() - true[finite]
+    return difference.square().sum().item() if bool(torch.isfinite(difference).all()) else float("inf")
 
 
 def same_bits(one: Tensor, two: Tensor) -> bool:

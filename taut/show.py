@@ -251,8 +251,10 @@ def _words(exactness: str) -> str:
 
 
 def techniques(rows: list[Technique]) -> None:
+    from taut.techniques import KINDS
+
     for kind, group in groupby(rows, key=lambda row: row.kind):
-        console.print(f"\n[bold]{kind}s[/bold]")
+        console.print(f"\n[bold]{KINDS[kind]}[/bold]")
         for row in group:
             promise = f"  [dim]{row.exactness}[/dim]" if row.exactness else ""
             console.print(f"  [bold]{row.name}[/bold]{promise}")

@@ -18,9 +18,13 @@ from taut.op import Op
 from taut.rewrite import Rewrite
 
 
+KINDS = {"rewrite": "Rewrites", "op": "Ops", "module": "Modules"}
+"""The kinds of techniques with their headings, in the order in which they are listed."""
+
+
 @dataclass(frozen=True)
 class Technique:
-    """One technique; `source` and `differs` are as in its file's docstring."""
+    """One technique; `source` and `differs` are as in its file's docstring. Modules of one file are one technique."""
 
     kind: str
     name: str
@@ -34,47 +38,55 @@ class Technique:
 
 
 def catalogue() -> list[Technique]:
-    """Every technique, sorted by kind and name."""
-    found = [*_in("taut.ops", Op), *_in("taut.rewrites", Rewrite)]
-    for info in pkgutil.iter_modules(importlib.import_module("taut.nn").__path__):
-        if info.ispkg:
-            found += _in(f"taut.nn.{info.name}", nn.Module)
-    return sorted(set(found), key=lambda t: (t.kind, t.name))
+    """Every technique, by kind and name."""
+    nn_folders = pkgutil.iter_modules(importlib.import_module("taut.nn").__path__)
+    folders = [f"taut.nn.{info.name}" for info in nn_folders if info.ispkg]
+    found = [t for folder in ("taut.ops", "taut.rewrites", *folders) for file in modules(folder) for t in _of(file)]
+    order = list(KINDS)
+    return sorted(found, key=lambda t: (order.index(t.kind), t.name.lower()))
 
 
-def _in(package: str, kind: type) -> Iterator[Technique]:
-    for module in modules(package):
-        source = _field(module, "Source")
-        if not source:
-            continue
-        summary = (module.__doc__ or "").strip().splitlines()[0]
-        for name, value in vars(module).items():
-            if _is_own(module, name, value, kind):
-                exactness = value.exactness.name if isinstance(value, Rewrite) else None
-                word = {Op: "op", Rewrite: "rewrite"}.get(kind, "module")
-                yield Technique(word, name, summary, source, _field(module, "Differs"), exactness)
+def _of(file: ModuleType) -> Iterator[Technique]:
+    """The techniques of one file: each of its rewrites and ops, and its modules together."""
+    summary = (file.__doc__ or "").strip().splitlines()[:1]
+    source, differs = _field(file, "Source"), _field(file, "Differs")
+    if not summary or not source:
+        return
+    classes = []
+    for name, value in vars(file).items():
+        if isinstance(value, Rewrite):
+            kept = f" on {value.promises}" if value.promises else ""
+            yield Technique("rewrite", value.name, summary[0], source, differs, value.exactness.name + kept)
+        elif isinstance(value, Op) and value.__module__ == file.__name__:
+            yield Technique("op", value.name, summary[0], source, differs)
+        elif _is_own_module(file, name, value):
+            classes.append(name)
+    if classes:
+        yield Technique("module", ", ".join(classes), summary[0], source, differs)
 
 
-def _is_own(module: ModuleType, name: str, value: Any, kind: type) -> bool:
-    if name.startswith("_"):
-        return False
-    if kind is nn.Module:
-        return inspect.isclass(value) and issubclass(value, nn.Module) and value.__module__ == module.__name__
-    if kind is Op:
-        return isinstance(value, Op) and value.__module__ == module.__name__
-    return isinstance(value, kind)
+def _is_own_module(file: ModuleType, name: str, value: Any) -> bool:
+    own = inspect.isclass(value) and issubclass(value, nn.Module) and value.__module__ == file.__name__
+    return own and not name.startswith("_")
 
 
-def _field(module: ModuleType, name: str) -> str:
-    """A paragraph `Name: ...` of a module's docstring, on one line."""
-    match = re.search(rf"^{name}: (.+?)(?=\n\s*\n|\n[A-Z]\w+: |\Z)", module.__doc__ or "", re.S | re.M)
+def _field(file: ModuleType, name: str) -> str:
+    """A paragraph `Name: ...` of a file's docstring, on one line."""
+    match = re.search(rf"^{name}: (.+?)(?=\n\s*\n|\n(?:Source|Differs): |\Z)", file.__doc__ or "", re.S | re.M)
     return " ".join(match.group(1).split()) if match else ""
 
 
 def markdown(rows: list[Technique]) -> str:
-    """The catalogue as a table for the README."""
-    lines = ["| kind | name | promise | what it is | source |", "|---|---|---|---|---|"]
+    """The catalogue as tables for the README, one for each kind."""
+    return "\n\n".join(_table(title, [row for row in rows if row.kind == kind]) for kind, title in KINDS.items())
+
+
+def _table(title: str, rows: list[Technique]) -> str:
+    promised = any(row.exactness for row in rows)
+    heads = [title, *(["Promise"] if promised else []), "What it is", "Source"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in rows:
-        cells = (row.kind, f"`{row.name}`", row.exactness or "", row.summary, row.source)
+        names = ", ".join(f"`{name}`" for name in row.name.split(", "))
+        cells = [names, *([row.exactness or ""] if promised else []), row.summary, row.source]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)

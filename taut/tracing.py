@@ -231,6 +231,11 @@ def _annotate(node: fx.Node) -> None:
     """Keep of export's notes the module path, the source line and the shape; ask for no strides."""
     if node.target in VIEWS:
         node.target = aten.reshape.default
+    if node.target is aten.rms_norm.default and (*node.args, None, None)[3] is None:
+        # None means the epsilon of the dtype it computes in, which would be another model in float64.
+        x, sizes, gain = (*node.args, None)[:3]
+        wide = torch.float64 if node.meta["val"].dtype is torch.float64 else torch.float32
+        node.args = (x, sizes, gain, torch.finfo(wide).eps)
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     where = str(stack[-1][0]) if stack else ""
     where = where.removeprefix("model").removeprefix(".") if where.startswith("model") else where

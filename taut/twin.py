@@ -22,7 +22,7 @@ from taut.shrink import CannotShrink, example_inputs, shrink, tiny_model
 from taut.tracing import trace
 from taut.proof import Evidence, prove
 
-EXAMPLES = 2
+EXAMPLES = 4
 SPARE = 12
 
 

@@ -195,13 +195,20 @@ class WithoutLast:
 
 @dataclass(frozen=True)
 class Stacked:
-    """Tensors one below the other, along the first axis."""
+    """Tensors one below the other, along the first axis; `heights` are their sizes there."""
 
     parts: tuple[Value, ...]
+    heights: tuple[int, ...]
 
     def evaluate(self, read: Read, rows: Rows = None) -> Tensor:
-        whole = torch.cat([part.evaluate(read) for part in self.parts])
-        return whole if rows is None else whole[rows]
+        first, last, _ = (rows or slice(None)).indices(sum(self.heights))
+        blocks, top = [], 0
+        for part, height in zip(self.parts, self.heights, strict=True):
+            inside = slice(max(first - top, 0), min(last - top, height))
+            if inside.start < inside.stop:
+                blocks.append(part.evaluate(read, inside))
+            top += height
+        return torch.cat(blocks)
 
     def children(self) -> tuple[Value, ...]:
         return self.parts

@@ -34,8 +34,7 @@ def lift(graph: Graph) -> None:
         if node.target is aten.layer_norm.default:
             _native(graph, node, layer_norm, *_native_args(node, 1e-5))
         elif node.target is aten.rms_norm.default:
-            x, sizes, gain, eps = (*node.args, None, None)[:4]
-            eps = torch.finfo(node.meta["val"].dtype).eps if eps is None else eps
+            x, sizes, gain, eps = node.args
             _native(graph, node, rms_norm, x, sizes, gain, None, eps)
         elif node.target is aten.tanh.default:
             _dyt(graph, node, known)

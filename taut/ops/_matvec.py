@@ -30,6 +30,13 @@ def refuses_product(x: Tensor, weight: Tensor, scale: Tensor | None, *others: Te
     return refusal(x, weight, scale, *others)
 
 
+def refuses_torch(x: Tensor, *weights: Tensor) -> Reason:
+    """Why the op may not be put together from torch's own products, or None."""
+    if x.dtype not in FLOATS:
+        return f"x is {x.dtype}"
+    return None if all(w.dtype == x.dtype for w in weights) else "the weight is stored in another format than x"
+
+
 def matvec(
     x: Tensor,
     weight: Tensor,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from taut.op import Reason, Work, nbytes, op
 from taut.ops._cpu import FLOATS, address, kernel, refusal, tag, threads
@@ -123,6 +124,27 @@ def _fits(q, k, v, mask=None, scale=None, causal=False, softcap=None, window=Non
     if mask is not None and mask.shape[-1] != k.shape[2]:
         return "the mask is broadcast along the keys"
     return refusal(q) or refusal(k, v, mask, sinks, alibi, strided=True)
+
+
+def _torch_fits(
+    q, k, v, mask=None, scale=None, causal=False, softcap=None, window=None, sinks=None, alibi=None
+) -> Reason:
+    if softcap is not None or sinks is not None or alibi is not None:
+        return "torch's attention knows no softcap, sinks or ALiBi"
+    if mask is not None and mask.dtype != torch.bool:
+        return "torch's attention rounds a mask that is added"
+    if q.dtype not in FLOATS or k.dtype != q.dtype or v.dtype != q.dtype:
+        return f"q is {q.dtype}, k is {k.dtype}, v is {v.dtype}"
+    return None
+
+
+@attention.impl("torch", when=_torch_fits)
+def _(q, k, v, mask=None, scale=None, causal=False, softcap=None, window=None, sinks=None, alibi=None):
+    length, keys = q.shape[2], k.shape[2]
+    if mask is None and window is None and (length == keys or length == 1 or not causal):
+        return scaled_dot_product_attention(q, k, v, is_causal=causal and length > 1, scale=scale, enable_gqa=True)
+    visible = _visible(_positions_ago(length, keys, q.device), mask, causal, window)
+    return scaled_dot_product_attention(q, k, v, visible, scale=scale, enable_gqa=True)
 
 
 @attention.impl("numba", when=_fits, opaque=True)

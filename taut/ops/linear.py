@@ -45,6 +45,8 @@ def _(x, weight, bias=None, scale=None) -> Work:
 @linear.tests
 def _(make):
     yield (make(3, 5, 64), make(40, 64), make(40)), {}
+    yield (make(2, 2, 64), make(40, 64), make(40)), {}
+    yield (make(3, 80), make(40, 80)), {}
     yield (make(1, 77), make(300, 77)), {}
     for bits in (8, 4):
         weight, scale = quantize(make(24, 96), bits)
@@ -52,7 +54,12 @@ def _(make):
         yield (make(96), weight), {"scale": scale}
 
 
+FEW_TOKENS = 4
+
+
 def _fits(x, weight, bias=None, scale=None) -> Reason:
+    if weight.dtype == x.dtype and x.numel() > FEW_TOKENS * x.shape[-1]:
+        return f"torch's own product is faster for more than {FEW_TOKENS} tokens of one dtype"
     return refuses_product(x, weight, scale) or refusal(bias)
 
 

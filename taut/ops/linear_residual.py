@@ -11,9 +11,10 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from taut.op import Reason, Work, nbytes, op
-from taut.ops._matvec import matvec, refuses_product
+from taut.ops._matvec import matvec, refuses_product, refuses_torch
 from taut.ops._weights import dequantize, quantize
 from taut.ops._wide import wide
+from taut.ops.linear import linear
 
 
 @op
@@ -55,6 +56,14 @@ def _fits(x, weight, residual, bias=None, scale=None) -> Reason:
     if residual.dtype != x.dtype:
         return "x and residual differ in dtype"
     return refuses_product(x, weight, scale, residual, bias)
+
+
+@linear_residual.impl(
+    "torch", when=lambda x, weight, residual, bias=None, scale=None: refuses_torch(x, weight, residual)
+)
+def _(x, weight, residual, bias=None, scale=None):
+    y = linear(x, weight, bias) + residual
+    return y, wide(y).square().sum(-1, keepdim=True)
 
 
 @linear_residual.impl("numba", when=_fits, opaque=True)

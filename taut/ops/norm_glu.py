@@ -12,10 +12,13 @@ from torch import Tensor
 from taut.op import Reason, Work, nbytes, op
 from taut.ops._activation import ACTIVATIONS, activation
 from taut.ops._cpu import address, kernel, tag, threads
-from taut.ops._matvec import refuses_product
+from taut.ops._matvec import refuses_product, refuses_torch
 from taut.ops._weights import dequantize, quantize
 from taut.ops._wide import wide
+from taut.ops.glu import glu
 from taut.ops.inv_rms import inv_rms
+from taut.ops.linear import linear
+from taut.ops.rms_norm import rms_norm
 
 
 @op
@@ -69,6 +72,17 @@ def _fits(x, gate, up, gain=None, eps=1e-6, act="silu", gate_scale=None, up_scal
     ):
         return "gate and up are stored differently"
     return refuses_product(x, gate, gate_scale, gain) or refuses_product(x, up, up_scale)
+
+
+@norm_glu.impl(
+    "torch",
+    when=lambda x, gate, up, gain=None, eps=1e-6, act="silu", gate_scale=None, up_scale=None: refuses_torch(
+        x, gate, up
+    ),
+)
+def _(x, gate, up, gain=None, eps=1e-6, act="silu", gate_scale=None, up_scale=None):
+    h = rms_norm(x, gain, eps)
+    return glu(linear(h, gate), linear(h, up), act)
 
 
 @norm_glu.impl("numba", when=_fits, opaque=True)

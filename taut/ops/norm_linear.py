@@ -10,10 +10,12 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from taut.op import Reason, Work, nbytes, op
-from taut.ops._matvec import matvec, refuses_product
+from taut.ops._matvec import matvec, refuses_product, refuses_torch
 from taut.ops._weights import dequantize, quantize
 from taut.ops._wide import wide
 from taut.ops.inv_rms import inv_rms
+from taut.ops.linear import linear
+from taut.ops.rms_norm import rms_norm
 
 
 @op
@@ -60,6 +62,14 @@ def _fits(x, weight, gain=None, bias=None, eps=1e-6, residual=None, scale=None) 
     if residual is not None and residual.dtype != x.dtype:
         return "x and residual differ in dtype"
     return refuses_product(x, weight, scale, gain, bias, residual)
+
+
+@norm_linear.impl(
+    "torch", when=lambda x, weight, gain=None, bias=None, eps=1e-6, residual=None, scale=None: refuses_torch(x, weight)
+)
+def _(x, weight, gain=None, bias=None, eps=1e-6, residual=None, scale=None):
+    y = linear(rms_norm(x, gain, eps), weight, bias)
+    return y if residual is None else y + residual
 
 
 @norm_linear.impl("numba", when=_fits, opaque=True)

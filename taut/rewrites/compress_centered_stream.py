@@ -217,10 +217,9 @@ def _compressed(graph: Graph, norm: fx.Node, readers: set[str]) -> list[str]:
     """Put a crms_norm in a norm's place. Returns the norm's own parameters."""
     x, gain, eps = norm.args
     whole = not any(_reads(user, readers) for user, _ in _reading(norm))
-    for _, read in () if whole else _reading(norm):
-        while read is not norm:
-            _resize(read, len(shape(read)) - 1)
-            read = read.args[0]
+    if not whole:
+        for node in _between(norm):
+            _resize(node, len(shape(node)) - 1)
     scaled = gain is not None and constant_gain(graph, gain) != 1.0
     own = [gain.meta["tensor"]] if isinstance(gain, fx.Node) and gain.op == "placeholder" and not scaled else []
     with graph.fx.inserting_before(norm):
@@ -229,6 +228,16 @@ def _compressed(graph: Graph, norm: fx.Node, readers: set[str]) -> list[str]:
     norm.replace_all_uses_with(new)
     graph.fx.erase_node(norm)
     return own
+
+
+def _between(norm: fx.Node) -> set[fx.Node]:
+    """The reshapes of tokens between a norm and its readers."""
+    found: set[fx.Node] = set()
+    for _, read in _reading(norm):
+        while read is not norm:
+            found.add(read)
+            read = read.args[0]  # type: ignore[assignment]
+    return found
 
 
 def _reads(user: fx.Node, parameters: set[str]) -> bool:

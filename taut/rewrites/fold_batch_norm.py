@@ -123,7 +123,8 @@ def _into_writer(graph: Graph, norm: fx.Node, affine: Affine) -> Fold | str:
     layer, moves = _behind(norm)
     if not is_call(layer, linear, *CONVOLUTIONS):
         return f"it reads {_said(layer)}"
-    others = [user for user in _value_users(layer) if user is not (moves[-1] if moves else norm)]
+    path = {norm, *moves}
+    others = [user for node in (layer, *moves) for user in _value_users(node) if user not in path]
     if others:
         return f"what it reads is also read by {name_of(others[0])}"
     index: Any = torch.arange(channels, dtype=torch.int32)
@@ -139,9 +140,9 @@ def _into_writer(graph: Graph, norm: fx.Node, affine: Affine) -> Fold | str:
 
 
 def _behind(norm: Any) -> tuple[Any, list[fx.Node]]:
-    """The node behind movements of its input that nothing else reads, and those movements."""
+    """The node behind movements of its input, and those movements."""
     node, moves = norm.args[0], []
-    while is_move(node) and not is_getitem(node) and len(_value_users(node)) == 1:
+    while is_move(node) and not is_getitem(node):
         moves.append(node)
         node = node.args[0]
     return node, moves

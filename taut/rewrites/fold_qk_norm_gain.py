@@ -181,7 +181,7 @@ def _from(gain: Value, first: int, size: int) -> Value:
     """The gain from a feature on, one before it."""
     if first == 0:
         return Pick(gain)
-    return Stacked((Filled((first,), 1.0), Pick(gain, tuple(range(first, size)))))
+    return Stacked((Filled((first,), 1.0), Pick(gain, tuple(range(first, size)))), (first, size - first))
 
 
 def _normed_key(node: Any, rotated: int) -> fx.Node | None:

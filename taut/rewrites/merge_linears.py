@@ -134,9 +134,9 @@ def _merge(graph: Graph, group: Group) -> None:
 def _stacked(graph: Graph, products: list[Any], part: int, name: str) -> fx.Node:
     parameters = _parameters(products, part)
     nodes = [product.args[part] for product in products]
-    rows = sum(shape(node)[0] for node in nodes)
-    like = torch.empty((rows, *shape(nodes[0])[1:]), dtype=graph.dtype_of(parameters[0]), device="meta")
-    return graph.add_parameter(name, Stacked(tuple(graph.values[p] for p in parameters)), like)
+    heights = tuple(shape(node)[0] for node in nodes)
+    like = torch.empty((sum(heights), *shape(nodes[0])[1:]), dtype=graph.dtype_of(parameters[0]), device="meta")
+    return graph.add_parameter(name, Stacked(tuple(graph.values[p] for p in parameters), heights), like)
 
 
 merge_linears = Rewrite(

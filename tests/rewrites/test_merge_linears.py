@@ -50,7 +50,8 @@ def test_the_new_parameter_replaces_the_old_ones():
     names = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
     new = "model.layers.0.self_attn.q_proj_k_proj_v_proj"
     for kind in ("weight", "bias"):
-        assert merged.values[f"{new}.{kind}"] == Stacked(tuple(Original(f"{name}.{kind}") for name in names))
+        heights = tuple(len(lifted.tensors[f"{name}.{kind}"]) for name in names)
+        assert merged.values[f"{new}.{kind}"] == Stacked(tuple(Original(f"{name}.{kind}") for name in names), heights)
         assert not {f"{name}.{kind}" for name in names} & set(merged.values)
         parts = [lifted.tensors[f"{name}.{kind}"] for name in names]
         assert torch.equal(merged.evaluate(f"{new}.{kind}", None), torch.cat(parts))

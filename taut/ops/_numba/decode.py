@@ -163,7 +163,7 @@ def pieces(part, parts, wide, k, k_strides, v, v_strides, shape, cap, mask, mask
     """The part-th share of all chunks of all key heads of all sequences."""
     batch, heads, kv_heads, lowest, keys, step = shape
     wide, peaks, totals, sums = borrowed(wide), borrowed(peaks), borrowed(totals), borrowed(sums)
-    (chunks, _, dv), d, group = sums.shape, wide.shape[1], heads // kv_heads
+    chunks, dv, d, group = sums.shape[0], sums.shape[2], wide.shape[1], heads // kv_heads
     scores = np.empty((group, step), np.float32)
     begin, end = span(batch * kv_heads * chunks, part, parts)
     for piece in range(begin, end):

@@ -96,7 +96,7 @@ def array(address, shape, tag):
 
 
 @njit(inline="always", **JIT)
-def borrowed(owned):
+def borrowed(owned) -> Any:
     """The same float32 memory without an owner: threads that count references to one array wait for each other."""
     return array(owned.ctypes.data, owned.shape, np.float32(0))
 
