@@ -12,6 +12,7 @@ from torch import Tensor
 from taut import __version__
 from taut.api import Applied, Progress
 from taut.checkpoint import BadInput, OutOfRange, write_checkpoint
+from taut.checkpoint.atomic import check_target
 from taut.checkpoint.changes import Change, disk_edits
 from taut.graph import Graph
 from taut.lift import lift
@@ -47,6 +48,7 @@ def apply_checkpoint(
 
     A site whose new values leave the dtype's range is refused, and the rest is planned anew.
     """
+    check_target(opened.checkpoint.path, out, 0, force)
     while True:
         made, graph = _planned(opened, plan, only, form, outputs)
         if not made.steps:

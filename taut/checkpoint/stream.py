@@ -25,7 +25,8 @@ from taut.checkpoint.read import Checkpoint
 from taut.checkpoint.rounding import FLOATS, Lost, lost, round_once
 from taut.checkpoint.shards import TensorInfo, read_at
 
-BLOCK = 8 << 20
+BLOCK = 1 << 20  # Bytes. What is read, written and read back fits a core's cache; measured, 8 MB costs twice the time.
+EDIT = 1 << 20  # Elements of a general edit, in float64.
 THREADS = min(4, os.cpu_count() or 1)
 FORMATS = {torch.float16: (10, 5), torch.bfloat16: (7, 8), torch.float32: (23, 8)}
 BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -72,7 +73,7 @@ def blocks(name: str, info: TensorInfo, edit: Edit | None, path: Path) -> Iterat
     step = BLOCK // info.dtype.itemsize
     if edit is not None and not isinstance(edit, Scale | Copy):
         row = max(1, math.prod(info.shape[1:]))
-        step = row * max(1, BLOCK // 8 // row)
+        step = row * max(1, EDIT // row)
     for start in range(0, info.numel, step):
         yield Block(name, info, edit, path, start, min(start + step, info.numel))
 

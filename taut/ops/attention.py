@@ -143,7 +143,7 @@ def _(q, k, v, mask=None, scale=None, causal=False, softcap=None, window=None, s
     length, keys = q.shape[2], k.shape[2]
     if mask is None and window is None and (length == keys or length == 1 or not causal):
         return scaled_dot_product_attention(q, k, v, is_causal=causal and length > 1, scale=scale, enable_gqa=True)
-    visible = _visible(_positions_ago(length, keys, q.device), mask, causal, window)
+    visible = torch.atleast_2d(_visible(_positions_ago(length, keys, q.device), mask, causal, window))
     return scaled_dot_product_attention(q, k, v, visible, scale=scale, enable_gqa=True)
 
 

@@ -58,9 +58,11 @@ def _fits(x, weight, residual, bias=None, scale=None) -> Reason:
     return refuses_product(x, weight, scale, residual, bias)
 
 
-@linear_residual.impl(
-    "torch", when=lambda x, weight, residual, bias=None, scale=None: refuses_torch(x, weight, residual)
-)
+def _torch_fits(x, weight, residual, bias=None, scale=None) -> Reason:
+    return refuses_torch(x, weight, residual)
+
+
+@linear_residual.impl("torch", when=_torch_fits)
 def _(x, weight, residual, bias=None, scale=None):
     y = linear(x, weight, bias) + residual
     return y, wide(y).square().sum(-1, keepdim=True)

@@ -74,12 +74,11 @@ def _fits(x, gate, up, gain=None, eps=1e-6, act="silu", gate_scale=None, up_scal
     return refuses_product(x, gate, gate_scale, gain) or refuses_product(x, up, up_scale)
 
 
-@norm_glu.impl(
-    "torch",
-    when=lambda x, gate, up, gain=None, eps=1e-6, act="silu", gate_scale=None, up_scale=None: refuses_torch(
-        x, gate, up
-    ),
-)
+def _torch_fits(x, gate, up, gain=None, eps=1e-6, act="silu", gate_scale=None, up_scale=None) -> Reason:
+    return refuses_torch(x, gate, up)
+
+
+@norm_glu.impl("torch", when=_torch_fits)
 def _(x, gate, up, gain=None, eps=1e-6, act="silu", gate_scale=None, up_scale=None):
     h = rms_norm(x, gain, eps)
     return glu(linear(h, gate), linear(h, up), act)

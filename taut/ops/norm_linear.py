@@ -64,9 +64,11 @@ def _fits(x, weight, gain=None, bias=None, eps=1e-6, residual=None, scale=None) 
     return refuses_product(x, weight, scale, gain, bias, residual)
 
 
-@norm_linear.impl(
-    "torch", when=lambda x, weight, gain=None, bias=None, eps=1e-6, residual=None, scale=None: refuses_torch(x, weight)
-)
+def _torch_fits(x, weight, gain=None, bias=None, eps=1e-6, residual=None, scale=None) -> Reason:
+    return refuses_torch(x, weight)
+
+
+@norm_linear.impl("torch", when=_torch_fits)
 def _(x, weight, gain=None, bias=None, eps=1e-6, residual=None, scale=None):
     y = linear(rms_norm(x, gain, eps), weight, bias)
     return y if residual is None else y + residual

@@ -127,7 +127,7 @@ def _into_writer(graph: Graph, norm: fx.Node, affine: Affine) -> Fold | str:
     others = [user for node in (layer, *moves) for user in _value_users(node) if user not in path]
     if others:
         return f"what it reads is also read by {name_of(others[0])}"
-    index: Any = torch.arange(channels, dtype=torch.int32)
+    index: Any = torch.arange(shape(layer)[_out_axis(layer)], dtype=torch.int32)
     index = index.view([-1 if a == _out_axis(layer) else 1 for a in range(len(shape(layer)))]).expand(shape(layer))
     for node in reversed(moves):
         index = None if index is None else move(node, index)

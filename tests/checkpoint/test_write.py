@@ -97,7 +97,7 @@ class Doubled:
 
 
 def test_general_edits_are_asked_for_every_row_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(stream, "BLOCK", 8 * 33 * 10)
+    monkeypatch.setattr(stream, "EDIT", 33 * 10)
     before = tensors()
     checkpoint = open_checkpoint(single(tmp_path / "a", before))
     edit = Doubled("big.weight", (64, 33), torch.float32)
@@ -116,6 +116,7 @@ def test_blocks_of_any_size_give_the_same_bytes(tmp_path, monkeypatch, block):
     edits = {"big.weight": scaled(checkpoint, "big.weight", 1), "b.weight": scaled(checkpoint, "b.weight", 1)}
     write_checkpoint(checkpoint, tmp_path / "b", edits, record={})
     monkeypatch.setattr(stream, "BLOCK", block)
+    monkeypatch.setattr(stream, "EDIT", block)
     write_checkpoint(checkpoint, tmp_path / "c", edits, record={})
     assert contents(tmp_path / "b") == contents(tmp_path / "c")
 

@@ -89,8 +89,8 @@ def test_verify_fails_when_any_tensor_is_off_by_a_hundredth(name):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
 def test_the_proof_fails_when_any_reader_is_skipped(name):
-    from taut.values import Original
     from taut.proof import prove
+    from taut.values import Original
 
     model = architectures.build(name)
     inputs = architectures.inputs(model)
