@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from taut.graph import Graph
 from taut.lift import lift
 from taut.plans import BadPlan, Plan, all_sites, make_plan
-from taut.rewrite import Site
 from taut.proof import Evidence
+from taut.rewrite import Site
 
 Model = str | Path | nn.Module
 Progress = Callable[[str, int, int], None]

@@ -45,7 +45,7 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a h
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model code that the checkpoint brings.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads to compute with.")]
 Dtype = Annotated[DtypeName | None, typer.Option(help="Check the proof in this dtype, not in the checkpoint's own.")]
-Outputs = Annotated[OutputsName, typer.Option(help="Which outputs keep their values; logits gives up the hidden state.")]
+Outputs = Annotated[OutputsName, typer.Option(help="What keeps its values; logits gives up the hidden state.")]
 Only = Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this rewrite; may be repeated.")]
 Form = Annotated[FormName, typer.Option(help="stock loads in transformers without taut; taut may change structure.")]
 Untie = Annotated[bool, typer.Option("--untie", help="Give a tied head weights of its own.")]
@@ -226,7 +226,7 @@ def _quiet() -> None:
 
 
 def _explain(error: Exception) -> tuple[int | None, str, str, dict[str, Any] | None]:
-    from taut.checkpoint import BadInput
+    from taut.checkpoint import BadInput, Mismatch
     from taut.plans import BadPlan
     from taut.proof import NotProved
 
@@ -234,6 +234,8 @@ def _explain(error: Exception) -> tuple[int | None, str, str, dict[str, Any] | N
         return 1, str(error), "nothing was written; see the evidence, and report it", error.evidence.as_dict()
     if isinstance(error, BadInput):
         return 2, str(error), error.cure, None
+    if isinstance(error, Mismatch):
+        return 1, str(error), "nothing was left behind; check the disk, then try again", None
     if isinstance(error, BadPlan):
         return 2, str(error), "make a new plan with `taut plan`", None
     return None, "", "", None
@@ -254,7 +256,8 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
     console = Console(stderr=True)
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal) as bar:
+    hidden = not console.is_terminal
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=hidden) as bar:
         tasks: dict[str, Any] = {}
 
         def report(what: str, done: int, total: int) -> None:

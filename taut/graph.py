@@ -41,8 +41,9 @@ class Graph:
     `tensors` are the model's own, by name (meta tensors where only shapes are known); `values` says what each
     parameter has become; `ties` maps every name of a parameter to the one name used here; `outputs` are the names of
     what the model returns; `written` has the dtype of each parameter that a rewrite added. `read` reads a parameter's
-    original rows where `tensors` has only shapes; `unwritable` says what its home on disk does not allow. Nodes carry in `meta`: `val` (a meta tensor), `where` (module path), `line` (source), and
-    placeholders `kind` ("parameter", "buffer" or "input") and `tensor` (its name).
+    original rows where `tensors` has only shapes; `unwritable` says what its home on disk does not allow. Nodes carry
+    in `meta`: `val` (a meta tensor), `where` (module path), `line` (source), and placeholders `kind` ("parameter",
+    "buffer" or "input") and `tensor` (its name).
     """
 
     fx: fx.Graph
@@ -88,7 +89,8 @@ class Graph:
         result = twin.graph_copy(self.fx, mapped)
         out = twin.output(result)
         out.meta = dict(self.output.meta)
-        return Graph(twin, self.tensors, dict(self.values), self.ties, self.outputs, dict(self.written), self.read, self.unwritable)
+        values, written = dict(self.values), dict(self.written)
+        return Graph(twin, self.tensors, values, self.ties, self.outputs, written, self.read, self.unwritable)
 
     def add_parameter(self, name: str, value: Value, like: Tensor) -> fx.Node:
         """A new parameter with its value; `like` (meta will do) has its shape and dtype."""

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from taut.graph import Graph
 from taut.lift import lift
 from taut.plans import Plan, follow, plan_and_apply
+from taut.proof import Evidence, compare_modules, prove
 from taut.tracing import trace
 from taut.twin import exactness, promises
-from taut.proof import Evidence, compare_modules, prove
 
 RECORD = "taut_plan"
 

@@ -14,7 +14,7 @@ from taut.api import Applied, Progress
 from taut.checkpoint import BadInput, OutOfRange, write_checkpoint
 from taut.checkpoint.atomic import check_target
 from taut.checkpoint.changes import Change, disk_edits
-from taut.graph import Graph
+from taut.graph import Graph, shape
 from taut.lift import lift
 from taut.opened import Opened, open_model
 from taut.plans import SCHEMA, BadPlan, Plan, follow, plan_and_apply
@@ -160,7 +160,8 @@ def prove_full(
     try:
         rewritten = follow(lift(raw), plan)
     except BadPlan as error:
-        raise BadInput(f"the recorded plan does not fit {old.checkpoint.path}: {error}", "compare the right pair") from error
+        cause = f"the recorded plan does not fit {old.checkpoint.path}: {error}"
+        raise BadInput(cause, "compare the right pair") from error
     after = rewritten
     if plan.form == "stock":
         after = raw.copy()
@@ -186,12 +187,16 @@ class _Written(Mapping[str, Tensor]):
     """The rewritten parameters as they stand in a written checkpoint, read when asked for."""
 
     def __init__(self, new: Opened, graph: Graph) -> None:
-        self.new, self.names = new, list(graph.changed())
+        self.new, self.graph, self.names = new, graph, list(graph.changed())
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.names:
             raise KeyError(name)
-        return self.new.read(name)
+        tensor, expected = self.new.read(name), shape(self.graph.placeholders("parameter")[name])
+        if tensor.shape != expected:
+            cause = f"{self.new.checkpoint.path}: {name} has shape {tuple(tensor.shape)}, not {tuple(expected)}"
+            raise BadInput(cause, "apply taut to the original again")
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -209,5 +214,6 @@ def _differing(old: Opened, new: Opened, after: Graph) -> list[str]:
 
 
 def _compare(old: Opened, new: Opened) -> Evidence:
+    _ = old.located, new.located  # They refuse missing tensors, which transformers would make up.
     models = [o.model_class.from_pretrained(o.checkpoint.path, dtype="auto").eval() for o in (old, new)]
     return compare_modules(models[0], models[1], old.inputs(0))

@@ -71,7 +71,8 @@ class Opened:
             tensors[name] = buffer
         lost = [n for n, node in graph.placeholders("buffer").items() if tensors[n].is_meta and node.users]
         if lost:
-            raise BadInput(f"the full model cannot be run: {', '.join(lost)} is made up while tracing", "leave --verify out")
+            cause = f"the full model cannot be run: {', '.join(lost)} is made up while tracing"
+            raise BadInput(cause, "leave --verify out")
 
         def read(name: str, rows: slice | None) -> Tensor:
             return self.located.read(name, rows).to(dtype or self.dtype)
@@ -80,12 +81,16 @@ class Opened:
 
     def read(self, name: str) -> Tensor:
         """A parameter as it stands on disk: taut form keeps the graph's own names."""
-        return self.checkpoint.read(name) if self.in_taut_form else self.located.read(name)
+        if not self.in_taut_form:
+            return self.located.read(name)
+        if name not in self.checkpoint.tensors:
+            raise BadInput(f"{self.checkpoint.path}: {name} is missing", "apply taut to the original again")
+        return self.checkpoint.read(name)
 
     @property
     def in_taut_form(self) -> bool:
-        record = self.checkpoint.prior.record
-        return record is not None and record.get("plan", {}).get("form") == "taut"
+        plan = (self.checkpoint.prior.record or {}).get("plan")
+        return isinstance(plan, dict) and plan.get("form") == "taut"
 
     def inputs(self, seed: int = 0) -> dict[str, Tensor]:
         """Made-up inputs on the CPU."""

@@ -13,6 +13,8 @@ from taut.graph import Graph
 from taut.rewrite import STOCK, TAUT, Form, Rewrite, Site, rewrites
 
 SCHEMA = 1
+OUTPUTS = {"all": "all", "logits": "logits"}
+"""Which outputs a plan may promise."""
 
 
 class BadPlan(ValueError):
@@ -68,7 +70,7 @@ class Plan:
                 raise BadPlan(f"the plan has schema {record['schema']}; this taut reads up to {SCHEMA}: upgrade taut")
             steps = tuple(Step(s["rewrite"], tuple(s["sites"])) for s in record["steps"])
             refused = tuple(Refusal(**r) for r in record.get("refused", ()))
-            form, outputs = form_of(record["form"]).name, record["outputs"]
+            form, outputs = form_of(record["form"]).name, OUTPUTS[record["outputs"]]
             return Plan(form, outputs, steps, refused, dict(record.get("absent", {})))
         except (KeyError, TypeError) as error:
             raise BadPlan(f"this is not a plan that `taut plan` made: {error!r}") from error

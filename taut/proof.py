@@ -311,7 +311,7 @@ def _projection(result: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def compare_modules(before: nn.Module, after: nn.Module, inputs: Inputs) -> Evidence:
-    """The working-dtype outputs side by side. Without a record of what was done there is no proof, so it never passes."""
+    """The working-dtype outputs side by side. Without a record of what was done it is no proof, and never passes."""
     with torch.no_grad():
         one, two = dict(named_tensors(before(**inputs))), dict(named_tensors(after(**inputs)))
     errors = {k: _largest(two[k].double(), one[k].double()) for k in one if k in two and one[k].shape == two[k].shape}

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,6 +77,35 @@ def effective_dims(model: nn.Module, batches: Iterable[Any]) -> list[EffectiveDi
         for handle in handles:
             handle.remove()
     return [layer.finish(name) for name, layer in layers.items()]
+
+
+def redundancy(model: nn.Module, texts: Iterable[Tensor] | None = None) -> list[EffectiveDims]:
+    """`effective_dims` of a transformers model on token ids [batch, length], by default on made-up inputs, as many as
+    its widest layer needs. Those show what the normalisations do; what text leaves idle, only text shows.
+
+    Raises ValueError as `effective_dims`.
+    """
+    if texts is not None:
+        return effective_dims(model, ({"input_ids": ids} for ids in texts))
+    from taut.shrink import example_inputs
+
+    widest = max((max(m.weight.shape) for m in model.modules() if _is_product(m)), default=1)
+    length, batch = 128, 4
+    count = 2 * widest // (length * batch) + 1
+    return effective_dims(model, (example_inputs(model, batch, length, seed) for seed in range(count)))
+
+
+def ids_of(path: str | Path, text: str | Path, length: int = 128) -> list[Tensor]:
+    """The tokens of a text file as rows [1, length] of ids, by a checkpoint's tokenizer; a short rest is left out."""
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(path)(Path(text).read_text(), return_tensors="pt").input_ids
+    return list(ids[:, : ids.shape[1] // length * length].view(-1, 1, length))
+
+
+def _is_product(module: nn.Module) -> bool:
+    """Whether a module multiplies by its matrix; an embedding looks rows up."""
+    return _has_matrix(module) and not isinstance(module, nn.Embedding)
 
 
 def _has_matrix(module: nn.Module) -> bool:

@@ -75,8 +75,9 @@ def _calls(row: tuple) -> tuple:
     if len(row) < 3 or not str(row[-3]).endswith("#"):
         return row
     numbers = row[-2]
-    said = f" ({len(numbers)} calls)" if numbers == tuple(range(1, len(numbers) + 1)) else f" (call {_numbers(numbers)})"
-    return (*row[:-3], str(row[-3]).removesuffix("#") + said)
+    all_calls = numbers == tuple(range(1, len(numbers) + 1))
+    said = f"{len(numbers)} calls" if all_calls else f"call {_numbers(numbers)}"
+    return (*row[:-3], f"{str(row[-3]).removesuffix('#')} ({said})")
 
 
 def _numbers(numbers: Sequence[int]) -> str:

@@ -17,7 +17,6 @@ from taut.catalogue import modules
 from taut.op import Op
 from taut.rewrite import Rewrite
 
-
 KINDS = {"rewrite": "Rewrites", "op": "Ops", "module": "Modules"}
 """The kinds of techniques with their headings, in the order in which they are listed."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -58,7 +59,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Tensor], *, outputs: str = "all
 
 def _any_shape(tensor: Tensor) -> dict[int, Any]:
     """Export finds out which of the first two axes, batch and length, may vary."""
-    return {axis: torch.export.Dim.AUTO for axis in range(min(2, tensor.ndim))}
+    return dict.fromkeys(range(min(2, tensor.ndim)), torch.export.Dim.AUTO)
 
 
 class _Promised(nn.Module):
@@ -142,13 +143,14 @@ def _configs(model: nn.Module) -> list[Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Export logs at length about what it does not know of; the reason is in the exception."""
+    """Export logs and prints at length about what it does not know of; the reason is in the exception."""
     loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx", "torch._dynamo")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from taut.graph import Graph
 from taut.lift import lift
 from taut.plans import Plan, form_of
+from taut.proof import Evidence, prove
 from taut.rewrite import Exactness, rewrites
 from taut.shrink import CannotShrink, example_inputs, shrink, tiny_model
 from taut.tracing import trace
-from taut.proof import Evidence, prove
 
 EXAMPLES = 4
 SPARE = 12

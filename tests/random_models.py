@@ -383,7 +383,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "tanh": torch.tanh,
     "none": lambda t: t,
-    "ten": lambda t: 10.0 - F.relu(10.0 - F.relu(t)),
+    "ten": lambda t: -1.0 * F.relu(-1.0 * F.relu(9.0 * t) + 10.0) + 10.0,
 }
 
 

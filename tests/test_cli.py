@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import taut
+from taut.checkpoint import BadInput
 from taut.cli import app
 from taut.tautform import load
 
@@ -145,17 +146,22 @@ def test_without_a_record_there_is_a_comparison_and_no_proof(model, tmp_path):
     assert "logits differs by 0.000e+00" in printed.stdout
 
 
-def test_where_nothing_applies_nothing_is_written(model, rewritten, tmp_path):
-    found = as_json("apply", rewritten, "--out", tmp_path / "new")
-    assert found["out"] is None
-    assert found["applied"] == []
-    assert {"already folded: its gain is one", "it is an output of the model"} == {
-        r["reason"] for r in found["refused"] if r["rewrite"] == "fold_norm"
-    }
-    assert not list(tmp_path.iterdir())
-    printed = run("apply", rewritten, "--out", tmp_path / "new", "--only", "fold_norm")
+@pytest.mark.parametrize("form", ["stock", "taut"])
+def test_where_nothing_applies_nothing_is_written(model, tmp_path, form):
+    asked = ("apply", model, "--out", tmp_path / "new", "--only", "fold_qk_norm_gain", "--form", form)
+    found = as_json(*asked)
+    assert (found["out"], found["applied"]) == (None, [])
+    assert found["absent"]["fold_qk_norm_gain"]
+    printed = run(*asked)
     assert printed.exit_code == 0
     assert "nothing was written" in printed.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_applying_again_changes_no_tensor(rewritten, tmp_path):
+    as_json("apply", rewritten, "--out", tmp_path / "new")
+    new = tmp_path / "new" if (tmp_path / "new").exists() else rewritten
+    assert contents(new)[WEIGHTS] == contents(rewritten)[WEIGHTS]
 
 
 def test_plan_round_trip(model, rewritten, tmp_path):
@@ -322,14 +328,38 @@ def test_broken_checkpoints(model, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["missing", "truncated", "missing tensor", "gptq"])
-@pytest.mark.parametrize("verb", ["inspect", "plan", "verify before", "verify after"])
-def test_broken_checkpoints_elsewhere(model, tmp_path, kind, verb):
+@pytest.mark.parametrize("verb", ["inspect", "plan", "verify before", "verify after", "verify record"])
+def test_broken_checkpoints_elsewhere(model, rewritten, tmp_path, kind, verb):
     damage, word = BROKEN[kind]
-    broken = copy(model, tmp_path / "broken")
+    broken = copy(rewritten if verb == "verify record" else model, tmp_path / "broken")
     damage(broken)
     verb, *place = verb.split()
-    others = {"before": (broken, model), "after": (model, broken)}
+    others = {"before": (broken, model), "after": (model, broken), "record": (model, broken)}
     refused(tmp_path, word, verb, *(others[place[0]] if place else (broken,)))
+
+
+@pytest.mark.parametrize("kind", ["missing", "misshapen"])
+def test_a_broken_taut_form(model, tmp_path, kind):
+    as_json("apply", model, "--out", tmp_path / "new", "--form", "taut", "--only", "merge_linears")
+    (file,) = (tmp_path / "new").glob("*.safetensors")
+    index = tmp_path / "new" / "taut.safetensors.index.json"
+    tensors, found = load_file(file), json.loads(index.read_text())
+    name = next(name for name in tensors if "q_proj" in name)
+    tensors[name] = tensors[name][:-1].clone()
+    if kind == "missing":
+        del tensors[name], found["weight_map"][name]
+    save_file(tensors, file, metadata={"format": "pt"})
+    index.write_text(json.dumps(found))
+    refused(tmp_path, name, "verify", model, tmp_path / "new")
+    with pytest.raises(BadInput, match=name):
+        load(tmp_path / "new")
+
+
+@pytest.mark.parametrize("plan", [None, 3, {}, {"form": "taut"}])
+def test_a_broken_record(model, rewritten, tmp_path, plan):
+    new = copy(rewritten, tmp_path / "new")
+    (new / "taut.json").write_text(json.dumps({"plan": plan}))
+    refused(tmp_path, "taut.json", "verify", model, new)
 
 
 def test_outputs_that_are_refused(model, tmp_path):
@@ -426,7 +456,7 @@ def test_a_model_that_cannot_be_traced(tmp_path, monkeypatch):
         json.dumps({"model_type": "unheard_of", "architectures": ["Model"], "auto_map": mapped, "vocab_size": 9})
     )
     save_file({"embed.weight": torch.randn(9, 4)}, source / WEIGHTS, metadata={"format": "pt"})
-    refused(tmp_path, "--trust-remote-code" and "code of its own", "inspect", source)
+    refused(tmp_path, "code of its own", "inspect", source)
     refused(tmp_path, "cannot be exported", "apply", source, "--trust-remote-code", "--out", tmp_path / "new")
 
 

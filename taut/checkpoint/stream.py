@@ -27,7 +27,7 @@ from taut.checkpoint.shards import TensorInfo, read_at
 
 BLOCK = 1 << 20  # Bytes. What is read, written and read back fits a core's cache; measured, 8 MB costs twice the time.
 EDIT = 1 << 20  # Elements of a general edit, in float64.
-THREADS = min(4, os.cpu_count() or 1)
+MOST_THREADS = 4
 FORMATS = {torch.float16: (10, 5), torch.bfloat16: (7, 8), torch.float32: (23, 8)}
 BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
@@ -87,13 +87,14 @@ class Streamer:
         self._local = threading.local()
 
     def run(self, todo: Iterable[Block], progress: Callable[[int], None] | None = None) -> Findings:
-        """Process all blocks, THREADS at a time, and report; `progress` hears of the bytes written so far."""
+        """Process all blocks, some at a time, and report; `progress` hears of the bytes written so far."""
         findings, running = Findings(), deque[tuple[Block, Future]]()
-        pool = ThreadPoolExecutor(THREADS, "taut-stream")
+        threads = max(2, min(MOST_THREADS, torch.get_num_threads()))
+        pool = ThreadPoolExecutor(threads, "taut-stream")
         try:
             for block in todo:
                 running.append((block, pool.submit(self._process, block)))
-                if len(running) > 2 * THREADS:
+                if len(running) > 2 * threads:
                     _collect(running, findings, progress)
             while running:
                 _collect(running, findings, progress)

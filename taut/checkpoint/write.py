@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -89,12 +90,12 @@ def write_taut(
 
 
 def new_shard(name: str, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None) -> NewShard:
-    """Lay tensors (anything with a dtype and a shape) out in a file, in the order given."""
-    spans: dict[str, tuple[int, int]] = {}
-    end = 0
-    for key, tensor in tensors.items():
-        start, end = end, end + _nbytes(tensor)
-        spans[key] = (start, end)
+    """Lay tensors (anything with a dtype and a shape) out in a file: in the order given, or the wider dtypes first
+    where some would start at no multiple of their size."""
+    spans = _spans(tensors)
+    if any(start % tensors[key].dtype.itemsize for key, (start, _) in spans.items()):
+        tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+        spans = _spans(tensors)
     fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     for key, tensor in tensors.items():
         fields[key] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": list(spans[key])}
@@ -106,6 +107,11 @@ def new_shard(name: str, tensors: Mapping[str, Any], metadata: Mapping[str, str]
         for key, tensor in tensors.items()
     }
     return NewShard(name, header, infos)
+
+
+def _spans(tensors: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    ends = list(itertools.accumulate(_nbytes(tensor) for tensor in tensors.values()))
+    return dict(zip(tensors, zip([0, *ends[:-1]], ends, strict=True), strict=True))
 
 
 def _nbytes(tensor: Any) -> int:
@@ -140,12 +146,14 @@ def _new_index(source: Checkpoint, shards: list[NewShard]) -> bytes:
     """The source's index; only what changed is replaced."""
     old = dict(source.index or {})
     weight_map = _weight_map(shards)
-    total = sum(info.nbytes for shard in shards for info in shard.tensors.values())
-    metadata = dict(old.get("metadata") or {})
-    if weight_map == old.get("weight_map") and total == source.total_bytes:
+    new = [info for shard in shards for info in shard.tensors.values()]
+    if weight_map == old.get("weight_map") and sum(info.nbytes for info in new) == source.total_bytes:
         return (source.path / source.index_name).read_bytes()
-    grown = total - source.total_bytes
-    metadata["total_size"] = metadata.get("total_size", source.total_bytes) + grown
+    metadata = dict(old.get("metadata") or {})
+    metadata["total_size"] = metadata.get("total_size", source.total_bytes)
+    metadata["total_size"] += sum(info.nbytes for info in new) - source.total_bytes
+    if "total_parameters" in metadata:
+        metadata["total_parameters"] += sum(i.numel for i in new) - sum(i.numel for i in source.tensors.values())
     return _json({**old, "metadata": metadata, "weight_map": weight_map})
 
 
@@ -201,7 +209,7 @@ def _write(
             (building / shard.name).write_bytes(shard.header)
         report = None if progress is None else lambda done: progress(done, total)
         findings = Streamer(source, verify).run(_all_blocks(shards, edits, building), report)
-        _judge(source, shards, findings, may_be_nonfinite)
+        _judge(source, shards, findings, set(may_be_nonfinite) - set(edits))
 
 
 def _all_blocks(shards: list[NewShard], edits: Mapping[str, Edit], folder: Path) -> Iterator[Block]:

@@ -158,7 +158,8 @@ def name_of(node: Any) -> str:
         return node.meta.get("tensor", node.op)
     target: Any = node.target
     name = getattr(target, "name", None)
-    text = name if isinstance(name, str) else str(getattr(target, "overloadpacket", getattr(target, "__name__", target)))
+    plain = getattr(target, "__name__", target)
+    text = name if isinstance(name, str) else str(getattr(target, "overloadpacket", plain))
     text = text.removeprefix("aten.").removeprefix("aten::").split(".")[0]
     return f"{text} in {node.meta['where']}" if node.meta.get("where") else text
 

@@ -17,7 +17,6 @@ from taut.graph import Float64, Graph, call, shape
 from taut.lift._match import is_call, is_constant
 from taut.values import Affine, Filled, Value
 
-
 aten = torch.ops.aten
 QUOTIENTS = (aten.div.Tensor,)
 AFFINE = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.neg.default, aten.rsub.Scalar, *QUOTIENTS)
@@ -75,7 +74,8 @@ def _is_affine(node: fx.Node) -> bool:
     if node.op == "placeholder":
         return True
     sources = [arg for arg in node.args if isinstance(arg, fx.Node)]
-    plain = is_call(node, *AFFINE) and len(sources) == 1 and not (node.target in QUOTIENTS and sources[0] is node.args[1])
+    divides_by = node.target in QUOTIENTS and sources == [node.args[1]]
+    plain = is_call(node, *AFFINE) and len(sources) == 1 and not divides_by
     return (is_move(node) or plain) and _is_affine(sources[0])
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, fx
 
 from taut.facts.contraction import Contraction, contraction, line_along, name_of
 from taut.facts.moves import constant_along, is_move, move
-from taut.graph import Graph, is_getitem, shape
-from taut.lift._match import is_call, other
+from taut.graph import Graph, shape
+from taut.lift._match import is_call
 from taut.ops.glu import glu
 
 aten = torch.ops.aten

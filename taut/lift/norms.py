@@ -153,7 +153,7 @@ def _last(dims: Any, x: fx.Node) -> bool:
 
 
 def _with_gain(graph: Graph, core: Core, known: dict[fx.Node, bool]) -> None:
-    """Take in the multiplication by a parameter, and for LayerNorm the addition of one, if nobody else reads between."""
+    """Take in the product with a parameter, and for LayerNorm the sum with one, if nobody else reads between."""
     out, gain, bias = after_casts(core.out), None, None
     step = _constant_operand(out, aten.mul.Tensor, known)
     if step is not None:
@@ -176,15 +176,19 @@ def _constant_operand(node: fx.Node, target: Any, known: dict[fx.Node, bool]) ->
     return (operand, users[0]) if shape(operand) == shape(node)[-1:] else None
 
 
+def _is_scalar_parameter(node: Any, known: dict[fx.Node, bool]) -> bool:
+    return isinstance(node, fx.Node) and is_constant(node, known) and node.meta["val"].numel() == 1
+
+
 def _dyt(graph: Graph, node: fx.Node, known: dict[fx.Node, bool]) -> None:
     """tanh(alpha * x) * gain + bias with a scalar parameter alpha."""
     inner = through_casts(node.args[0])
     if not is_call(inner, aten.mul.Tensor):
         return
-    for alpha, x in (inner.args, inner.args[::-1]):
-        if isinstance(alpha, fx.Node) and is_constant(alpha, known) and alpha.meta["val"].numel() == 1:
-            break
-    else:
+    alpha, x = inner.args
+    if not _is_scalar_parameter(alpha, known):
+        alpha, x = x, alpha
+    if not _is_scalar_parameter(alpha, known):
         return
     gained = _constant_operand(after_casts(node), aten.mul.Tensor, known)
     if gained is None or is_cast(x):

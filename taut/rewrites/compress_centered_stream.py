@@ -233,18 +233,21 @@ def _compressed(graph: Graph, norm: fx.Node, readers: set[str]) -> list[str]:
 def _between(norm: fx.Node) -> set[fx.Node]:
     """The reshapes of tokens between a norm and its readers."""
     found: set[fx.Node] = set()
-    for _, read in _reading(norm):
+    for _, last in _reading(norm):
+        read: Any = last
         while read is not norm:
             found.add(read)
-            read = read.args[0]  # type: ignore[assignment]
+            read = read.args[0]
     return found
 
 
 def _reads(user: fx.Node, parameters: set[str]) -> bool:
-    weight: Any = user.args[1] if is_call(user, linear) else None
+    if not is_call(user, linear):
+        return False
+    weight: Any = user.args[1]
     while is_call(weight, *CASTS, *TURNS):
         weight = weight.args[0]
-    return weight is not None and weight.meta.get("tensor") in parameters
+    return weight.meta.get("tensor") in parameters
 
 
 def _reshape_all(graph: Graph) -> None:

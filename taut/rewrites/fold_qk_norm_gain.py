@@ -112,10 +112,15 @@ def _fold(graph: Graph, norm: fx.Node, ends: list[End], used: dict[str, set[fx.N
         return _into_key(graph, norm, gain, [end.node for end in ends], ends[0].argument, used)
     if form == STOCK:
         return "its gain goes into the rotary tables, for which the model's own class has no place: use --form taut"
-    width = {shape(node.args[1])[-1] for node in turned}
+    width = {_rotated(node) for node in turned}
     if width == {gain.size}:
         return Fold(norm, turned)
     return _partly(graph, norm, gain, turned, used) if len(width) == 1 else "its rotations have different widths"
+
+
+def _rotated(node: Any) -> int:
+    """How many features a rotation turns."""
+    return shape(node.args[1])[-1]
 
 
 def _own_gain(graph: Graph, norm: fx.Node) -> Gain | str:
@@ -146,7 +151,7 @@ def _partly(
     graph: Graph, norm: fx.Node, gain: Gain, turned: list[fx.Node], used: dict[str, set[fx.Node]]
 ) -> Fold | str:
     """The tables take the rotated features' gain, the key's norm that of the others."""
-    rotated = shape(turned[0].args[1])[-1]
+    rotated = _rotated(turned[0])
     ends = [end for node in turned for end in _follow(node, None)]
     if any(not is_call(end.node, attention) or end.argument not in (QUERY, KEY) for end in ends):
         return f"features from {rotated} on are not rotated, and are read by more than a product with keys"
@@ -188,7 +193,7 @@ def _normed_key(node: Any, rotated: int) -> fx.Node | None:
     """The norm that a product's keys come from, behind movements, numbers and (where features are) the rotation."""
     while not is_call(node, *NORMS):
         scaled = is_call(node, *SCALINGS) and not isinstance(node.args[1], fx.Node)
-        turned = rotated > 0 and is_call(node, rope) and shape(node.args[1])[-1] == rotated
+        turned = rotated > 0 and is_call(node, rope) and _rotated(node) == rotated
         if not isinstance(node, fx.Node) or not (is_move(node) or scaled or turned):
             return None
         node = node.args[0]
@@ -214,7 +219,8 @@ def _into_tables(graph: Graph, fold: Fold) -> None:
     """Multiply the tables of every rotation in float32 or wider, and leave the norm without a gain."""
     gain: Any = fold.norm.args[1]
     for node in fold.ropes:
-        x, cos, sin, *rest = node.args
+        args: Any = node.args
+        x, cos, sin, *rest = args
         interleaved = bool((*rest, node.kwargs.get("interleaved", False))[0])
         own = _wide(graph, gain, node)
         if shape(cos)[-1] < shape(own)[-1]:

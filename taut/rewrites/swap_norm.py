@@ -71,7 +71,9 @@ def _change(graph: Graph, chosen: list[Site]) -> None:
 def swap_norm(model: nn.Module, factory: Factory, example: Mapping[str, Tensor] | None = None) -> nn.Module:
     """The model with its norms swapped: keyword tensors in, a dictionary of outputs out; the model itself stays.
 
-    The result takes the keywords of the example; without one, the model's main input (token ids) alone. Raises ValueError where the factory gives no norm for any of the model's, and CannotTrace with the reason.
+    The result takes the keywords of the example; without one, the model's main input (token ids) alone.
+
+    Raises ValueError where the factory gives no norm for any of the model's, and CannotTrace with the reason.
     """
     from taut.lift import lift
     from taut.module import GraphModule

@@ -279,11 +279,13 @@ def buildable() -> list[str]:
     """Every class of the library's own lists of models."""
     from transformers.models.auto import modeling_auto
 
+    base = transformers.PreTrainedModel
     lists = [value for key, value in vars(modeling_auto).items() if key.endswith("_MAPPING_NAMES")]
     names = {
         name for found in lists for entry in found.values() for name in ([entry] if isinstance(entry, str) else entry)
     }
-    return sorted(name for name in names if name and hasattr(transformers, name))
+    found = {name: getattr(transformers, name, None) for name in names if name}
+    return sorted(name for name, model in found.items() if isinstance(model, type) and issubclass(model, base))
 
 
 @pytest.mark.slow

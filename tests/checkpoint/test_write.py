@@ -154,7 +154,17 @@ def test_extra_tensors_go_into_the_last_file(tmp_path, make):
     assert reopened.config == checkpoint.config | {"tie_word_embeddings": True}
     if checkpoint.index:
         old, new = checkpoint.index["metadata"], (reopened.index or {})["metadata"]
-        assert new == old | {"total_size": old["total_size"] + info.nbytes + before["ids"].numel() * 8}
+        grown = 64 * 33 + before["ids"].numel()
+        size = old["total_size"] + info.nbytes + before["ids"].numel() * 8
+        assert new == old | {"total_size": size, "total_parameters": old["total_parameters"] + grown}
+
+
+def test_no_tensor_starts_at_an_odd_place(tmp_path):
+    checkpoint = open_checkpoint(single(tmp_path / "a", {"x": torch.ones(3), "odd": torch.zeros(5, dtype=torch.bool)}))
+    info = checkpoint.tensors["x"]
+    write_checkpoint(checkpoint, tmp_path / "b", {}, record={}, extra_tensors={"y": Copy("x", info)})
+    assert torch.equal(load_file(tmp_path / "b" / "model.safetensors")["y"], torch.ones(3))
+    assert all(i.offset % i.dtype.itemsize == 0 for i in open_checkpoint(tmp_path / "b").tensors.values())
 
 
 def test_pickled_comes_back_as_safetensors(tmp_path):
@@ -215,7 +225,11 @@ def test_not_finite_is_named_and_nothing_is_left(tmp_path):
     with pytest.raises(BadInput, match=r"a\.weight \(1\), big\.weight \(3\)"):
         write_checkpoint(checkpoint, tmp_path / "b", {"big.weight": scaled(checkpoint, "big.weight", 1)}, record={})
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
-    write_checkpoint(checkpoint, tmp_path / "b", {}, record={}, may_be_nonfinite={"a.weight", "big.weight"})
+    excused = {"a.weight", "big.weight"}
+    edit = {"big.weight": scaled(checkpoint, "big.weight", 1)}
+    with pytest.raises(BadInput, match=r"in big\.weight \(3\)"):
+        write_checkpoint(checkpoint, tmp_path / "b", edit, record={}, may_be_nonfinite=excused)
+    write_checkpoint(checkpoint, tmp_path / "b", {}, record={}, may_be_nonfinite=excused)
     assert contents(tmp_path / "b").items() >= contents(tmp_path / "a").items()
 
 

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from taut.redundancy import EffectiveDims, effective_dims, moment_rank, second_moment
+from taut.demonstrate import DEMO
+from taut.redundancy import EffectiveDims, effective_dims, ids_of, moment_rank, redundancy, second_moment
 
 
 def rank(x, bias=False):
@@ -77,6 +78,23 @@ def test_a_trained_llama_has_no_redundant_parameter_behind_its_norms(weights):
     readers = [e for e in layers if e.name.endswith(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head"))]
     assert len(readers) == 5 * 5 + 1
     assert all(e.redundant_parameters == 0 for e in readers)
+
+
+def test_made_up_inputs_show_what_layer_norm_leaves_idle():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=48, n_layer=1, n_head=4, vocab_size=96, n_positions=128)).eval()
+    found = {layer.name: layer for layer in redundancy(model)}
+    assert found["transformer.h.0.attn.c_attn"].redundant_parameters == 3 * 48
+    assert found["transformer.h.0.mlp.c_proj"].redundant_parameters == 0
+    assert found == {layer.name: layer for layer in redundancy(model, list(torch.randint(96, (16, 1, 128))))}
+
+
+def test_text_is_cut_into_rows_of_one_length():
+    rows = ids_of(DEMO / "model", DEMO / "heldout.txt", 64)
+    assert len(rows) > 10
+    assert {row.shape for row in rows} == {(1, 64)}
 
 
 def test_units_of_the_inputs_do_not_matter():
