@@ -1,8 +1,8 @@
 """Train one small Llama with every normalization: held-out loss against steps and against time, three seeds each.
 
-    python benchmarks/norms.py --prepare            # tokens from the texts of train_demo.py (no GPU)
-    python benchmarks/norms.py --seconds 400        # the runs, on one GPU; as many steps each as the time allows
-    python benchmarks/norms.py --report             # table and picture from the recorded runs (no GPU)
+    python benchmarks/norms.py --prepare WORK       # tokens from the texts that train_demo.py left in WORK (no GPU)
+    python benchmarks/norms.py --seconds 500        # the runs, on one GPU; as many steps each as the time allows
+    python benchmarks/norms_table.py                # table and picture from the recorded runs (no GPU)
 
 The variants differ in the norm alone: same layers, same first weights for a seed, same order of the data, same
 optimizer and learning rate, same number of steps. A process a variant compiles its model; then one run at a time has
@@ -12,15 +12,15 @@ the GPU to itself, so that its clock means something. After each run the record 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import lzma
 import math
 import multiprocessing
 import os
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -40,8 +40,7 @@ from taut.nn.norm.simple_rms_norm import SimpleRMSNorm
 
 HERE = Path(__file__).parent
 RECORD = HERE / "results" / "h200" / "norms.json"
-PICTURE = HERE.parent / "docs" / "norms.png"
-TRAIN_TOKENS, PASSES = 24_000_000, 2
+PASSES = 2
 
 
 @dataclass(frozen=True)
@@ -245,6 +244,18 @@ class Runner:
             self.step(opt, next(data))
         return (self.clock() - started) / steps
 
+    def agreement(self) -> float:
+        """Least cosine, over the matrices, between the compiled model's gradient and the plain one's, at the start."""
+        plain, window = fresh(self.name, self.s, 0).to(self.device), self.batches[0]
+        self.model.load_state_dict(plain.state_dict())
+        gradients = []
+        for model in (self.model, plain):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+                loss = model(window)
+            matrices = [p for p in model.parameters() if p.ndim == 2]
+            gradients.append(torch.autograd.grad(loss, matrices))
+        return min(F.cosine_similarity(a.flatten(), b.flatten(), 0).item() for a, b in zip(*gradients, strict=True))
+
     def held_out_loss(self) -> float:
         # The training graph without its backward pass: no second compilation.
         return torch.stack([self.loss(batch).detach() for batch in self.batches]).mean().item()
@@ -275,8 +286,19 @@ def read(path: Path) -> Tensor:
     return torch.from_numpy(np.frombuffer(lzma.decompress(path.read_bytes()), np.uint16).astype(np.int32))
 
 
+def prepare(work: Path, data: Path, count: int) -> None:
+    """`count` training tokens and all held-out ones from train_demo.py's texts, as `read` reads them."""
+    import train_demo
+
+    train_demo.prepare(work)
+    data.mkdir(parents=True, exist_ok=True)
+    for part, limit in (("train", count), ("heldout", None)):
+        tokens = train_demo.encode(work / f"{part}.xz", torch.device("cpu"))[:limit]
+        (data / f"{part}.xz").write_bytes(lzma.compress(tokens.numpy().astype(np.uint16).tobytes(), preset=0))
+
+
 def work(pipe: Connection, name: str, s: Settings, data: Path, device: str) -> None:
-    """A process: make a runner, then call its methods as asked. An error is the answer, not the end."""
+    """A process: make a runner, then call its methods as asked. An error is the answer; None is the end."""
     runner = None
     while request := pipe.recv():
         method, arguments = request
@@ -297,24 +319,20 @@ class Worker:
     def ask(self, method: str, *arguments: Any) -> None:
         self.pipe.send((method, arguments))
 
+    def call(self, method: str, *arguments: Any) -> Any:
+        self.ask(method, *arguments)
+        return self.answer()
+
+    def stop(self) -> None:
+        self.pipe.send(None)
+        self.process.join()
+
     def answer(self) -> Any:
         """Raises RuntimeError with the process's error, named after the variant."""
         result = self.pipe.recv()
         if isinstance(result, Exception):
             raise RuntimeError(f"{self.name}: {type(result).__name__}: {result}") from result
         return result
-
-
-def answers(workers: list[Worker]) -> dict[str, Any]:
-    """What each worker answers; one that fails is left out of the list, its error said and recorded."""
-    found: dict[str, Any] = {}
-    for worker in list(workers):
-        try:
-            found[worker.name] = worker.answer()
-        except RuntimeError as error:
-            print(error, file=sys.stderr, flush=True)
-            workers.remove(worker)
-    return found
 
 
 def affordable(step_seconds: list[float], seconds: float, tokens: int, s: Settings) -> int:
@@ -325,42 +343,53 @@ def affordable(step_seconds: list[float], seconds: float, tokens: int, s: Settin
     return int(min(by_time, by_data))
 
 
-def describe(device: str) -> dict[str, str]:
-    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    return {"device": name, "torch": torch.__version__}
-
-
-def measure(s: Settings, data: Path, out: Path, device: str, seconds: float, steps: int | None) -> dict[str, Any]:
-    """All runs, within `seconds`; the record so far is in `out` after each of them."""
-    started = time.perf_counter()
-    left = lambda: seconds - (time.perf_counter() - started)  # noqa: E731
-    workers = [Worker(name, s, data, device) for name in NORMS]
+def times_alone(workers: list[Worker]) -> list[float]:
+    """Seconds per step of each variant, compiled together and then timed one after another."""
     for worker in workers:
         worker.ask("seconds_per_step", 3)
-    answers(workers)
-    print(f"compiled, {left():.0f} s left", file=sys.stderr, flush=True)
-    alone: dict[str, float] = {}
-    for worker in list(workers):
-        worker.ask("seconds_per_step", 20)
-        alone |= answers([worker])
+    for worker in workers:
+        worker.answer()
+    return [worker.call("seconds_per_step", 20) for worker in workers]
+
+
+def heading(s: Settings, tokens: int, steps: int, workers: list[Worker], device: str) -> dict[str, Any]:
+    """The record before its runs."""
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "settings": asdict(s),
+        "train_tokens": tokens,
+        "steps": steps,
+        "passes": round(steps * s.batch * s.context / tokens, 3),
+        "parameters": {
+            name: sum(p.numel() for p in fresh(name, s, 0).parameters()) for name in (worker.name for worker in workers)
+        },
+        "compiled_agreement": {worker.name: round(worker.call("agreement"), 6) for worker in workers},
+        "runs": [],
+    }
+
+
+def measure(
+    s: Settings, data: Path, out: Path, device: str, seconds: float, steps: int | None, names: Iterable[str] = NORMS
+) -> dict[str, Any]:
+    """All runs, within `seconds`; the record so far is in `out` after each of them."""
+    until = time.perf_counter() + seconds
+    workers = [Worker(name, s, data, device) for name in names]
+    alone = times_alone(workers)
     tokens = len(read(data / "train.xz"))
-    steps = steps or affordable(list(alone.values()), left() - 5, tokens, s)
-    record = {**describe(device), "settings": asdict(s), "train_tokens": tokens, "steps": steps,
-              "passes": round(steps * s.batch * s.context / tokens, 3),
-              "parameters": {name: sum(p.numel() for p in fresh(name, s, 0).parameters()) for name in NORMS},
-              "step_seconds": {name: round(value, 6) for name, value in alone.items()}, "runs": []}  # fmt: skip
-    longest = 0.0
-    for seed in range(s.seeds):
-        for worker in list(workers):
-            if left() < longest + 3:
-                print(f"no time for {worker.name}, seed {seed}", file=sys.stderr, flush=True)
-                continue
-            begun = time.perf_counter()
-            worker.ask("train", seed, steps)
-            record["runs"] += answers([worker]).values()
-            longest = max(longest, time.perf_counter() - begun)
-            save(record, out)
-            print(f"{worker.name} {seed} {record['runs'][-1]['curve'][-1]} {left():.0f} s left", file=sys.stderr, flush=True)
+    steps = steps or affordable(alone, until - time.perf_counter() - 10, tokens, s)
+    record, longest = heading(s, tokens, steps, workers, device), 0.0
+    for seed, worker in itertools.product(range(s.seeds), workers):
+        begun = time.perf_counter()
+        if until - begun < longest + 3:
+            print(f"no time for {worker.name}, seed {seed}", file=sys.stderr, flush=True)
+            continue
+        record["runs"].append(worker.call("train", seed, steps))
+        save(record, out)
+        longest = max(longest, time.perf_counter() - begun)
+        print(f"{worker.name}, seed {seed}: {until - time.perf_counter():.0f} s left", file=sys.stderr, flush=True)
+    for worker in workers:
+        worker.stop()
     return record
 
 
@@ -376,9 +405,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(".demo"), help="folder of train.xz and heldout.xz (tokens)")
     parser.add_argument("--out", type=Path, default=RECORD)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--seconds", type=float, default=400)
-    parser.add_argument("--steps", type=int)
+    parser.add_argument("--seconds", type=float, default=500, help="for everything, compilation included")
+    parser.add_argument("--steps", type=int, help="of every run; else what the time allows")
+    parser.add_argument("--prepare", type=Path, metavar="WORK", help="write --data from train_demo.py's work folder")
+    parser.add_argument("--tokens", type=int, default=24_000_000, help="training tokens that --prepare writes")
     args = parser.parse_args()
+    if args.prepare:
+        return prepare(args.prepare, args.data, args.tokens)
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")
     measure(Settings(), args.data, args.out, args.device, args.seconds, args.steps)
 

@@ -77,7 +77,11 @@ def inspect(
         from taut import api, show
 
         found = api.inspect(
-            model, outputs=outputs.value, revision=revision, trust_remote_code=trust_remote_code, untie=untie,
+            model,
+            outputs=outputs.value,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            untie=untie,
             dtype=dtype.value if dtype else None,
         )
         _print(as_json, found.as_dict(), lambda: show.inspection(found, facts, graph, everything))
@@ -102,8 +106,13 @@ def plan(
         from taut import api, show
 
         made = api.plan(
-            model, form=form.value, only=only, outputs=outputs.value, revision=revision,
-            trust_remote_code=trust_remote_code, untie=untie,
+            model,
+            form=form.value,
+            only=only,
+            outputs=outputs.value,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            untie=untie,
         )
         if out is not None:
             made.save(out)
@@ -133,9 +142,20 @@ def apply(
         from taut.plans import Plan
 
         done = api.apply(
-            model, Plan.load(plan) if plan else None, None, only, form.value, out=out, outputs=outputs.value,
-            untie=untie, verify=verify, force=force, revision=revision, trust_remote_code=trust_remote_code,
-            dtype=dtype.value if dtype else None, progress=progress,
+            model,
+            Plan.load(plan) if plan else None,
+            None,
+            only,
+            form.value,
+            out=out,
+            outputs=outputs.value,
+            untie=untie,
+            verify=verify,
+            force=force,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            dtype=dtype.value if dtype else None,
+            progress=progress,
         )
         _print(as_json, done.as_dict(), lambda: show.applied(done))
 
@@ -155,8 +175,12 @@ def verify(
         from taut import api, show
 
         evidence = api.verify(
-            before, after, revision=revision, trust_remote_code=trust_remote_code,
-            dtype=dtype.value if dtype else None, progress=progress,
+            before,
+            after,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            dtype=dtype.value if dtype else None,
+            progress=progress,
         )
         _print(as_json, evidence.as_dict(), lambda: show.evidence(evidence))
         if not evidence.passed:

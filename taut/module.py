@@ -16,7 +16,7 @@ from taut.proof import Evidence, compare_modules, prove
 from taut.tracing import trace
 from taut.twin import exactness, promises
 
-RECORD = "taut_plan"
+RECORD, WRITES = "taut_plan", "taut_plan_writes"
 
 
 class GraphModule(nn.Module):
@@ -62,7 +62,7 @@ def apply_module(
         graph = follow(lifted, plan)
     new = _stock_copy(model, graph) if plan.form == "stock" else GraphModule(graph)
     setattr(new, RECORD, plan)
-    new.taut_plan_writes = tuple(graph.changed())
+    setattr(new, WRITES, tuple(graph.changed()))
     return new.train(model.training)
 
 
@@ -92,15 +92,18 @@ def verify_modules(before: nn.Module, after: nn.Module, example: Mapping[str, Te
     untouched = [n for n in graph.values if n not in written and not torch.equal(stored[n], raw.tensors[n])]
     more = [] if example is not None else [_inputs(before, None, seed) for seed in range(1, 9)]
     evidence = prove(
-        raw, proved, [inputs], written=written, promises=promises(plan, raw.outputs), exactness=exactness(plan),
+        raw,
+        proved,
+        [inputs],
+        written=written,
+        promises=promises(plan, raw.outputs),
+        exactness=exactness(plan),
         spare=more,
     )
     if untouched:
         evidence.passed = False
         evidence.wrong_tensors += untouched
     return evidence
-
-
 
 
 def _stored(after: nn.Module) -> dict[str, Tensor]:

@@ -96,8 +96,14 @@ def _write(opened, out, plan, graph, full, force, dtype, progress) -> Applied:
         edits, extra = disk_edits(opened.located, changed)
         changes = {"tie_word_embeddings": False} if extra else {}
         write_checkpoint(
-            opened.checkpoint, out, edits, record=record_of(opened, plan, evidence), extra_tensors=extra,
-            config_changes=changes, may_be_nonfinite=opened.located.unused, force=force,
+            opened.checkpoint,
+            out,
+            edits,
+            record=record_of(opened, plan, evidence),
+            extra_tensors=extra,
+            config_changes=changes,
+            may_be_nonfinite=opened.located.unused,
+            force=force,
             progress=_bytes_progress(progress),
         )
     checkpoint, located = opened.checkpoint, opened.located
@@ -171,8 +177,14 @@ def prove_full(
     if progress is not None:
         progress("proving", 0, 1)
     evidence = prove(
-        raw, after, [old.inputs(0)], written=written, promises=promises(plan, raw.outputs),
-        exactness=exactness(plan), spare=(old.inputs(seed) for seed in range(1, 9)), movement=small,
+        raw,
+        after,
+        [old.inputs(0)],
+        written=written,
+        promises=promises(plan, raw.outputs),
+        exactness=exactness(plan),
+        spare=(old.inputs(seed) for seed in range(1, 9)),
+        movement=small,
     )
     if not small:
         evidence.notes.append("that every tensor moves an output was proved on a shrunk twin")
@@ -215,5 +227,7 @@ def _differing(old: Opened, new: Opened, after: Graph) -> list[str]:
 
 def _compare(old: Opened, new: Opened) -> Evidence:
     _ = old.located, new.located  # They refuse missing tensors, which transformers would make up.
-    models = [o.model_class.from_pretrained(o.checkpoint.path, dtype="auto").eval() for o in (old, new)]
-    return compare_modules(models[0], models[1], old.inputs(0))
+    classes: Any = old.model_class, new.model_class
+    before = classes[0].from_pretrained(old.checkpoint.path, dtype="auto").eval()
+    after = classes[1].from_pretrained(new.checkpoint.path, dtype="auto").eval()
+    return compare_modules(before, after, old.inputs(0))

@@ -121,11 +121,12 @@ def _parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = on_meta
+    kind: Any = nn.Module
+    kind.register_parameter = on_meta
     try:
         yield
     finally:
-        nn.Module.register_parameter = register
+        kind.register_parameter = register
 
 
 def open_model(
@@ -156,7 +157,7 @@ def model_class(checkpoint: Checkpoint, config: Any) -> type[nn.Module]:
             return found
     if checkpoint.config.get("auto_map"):
         return _remote_class(checkpoint)
-    known = transformers.AutoModel._model_mapping
+    known: Any = transformers.AutoModel._model_mapping
     if type(config) in known:
         found = known[type(config)]
         return found[0] if isinstance(found, tuple) else found

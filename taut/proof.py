@@ -238,7 +238,8 @@ def _pin(choices: dict[str, Tensor], compared: Comparison):
 
 
 def _picked_axis(node: fx.Node) -> int:
-    given = node.kwargs.get("dim", (*node.args, None, None)[2 if node.target is aten.topk.default else 1])
+    args: Any = (*node.args, None, None)
+    given: Any = node.kwargs.get("dim", args[2 if node.target is aten.topk.default else 1])
     return -1 if given is None else given
 
 

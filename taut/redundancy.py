@@ -89,7 +89,7 @@ def redundancy(model: nn.Module, texts: Iterable[Tensor] | None = None) -> list[
         return effective_dims(model, ({"input_ids": ids} for ids in texts))
     from taut.shrink import example_inputs
 
-    widest = max((max(m.weight.shape) for m in model.modules() if _is_product(m)), default=1)
+    widest = max((max(m.get_parameter("weight").shape) for m in model.modules() if _is_product(m)), default=1)
     length, batch = 128, 4
     count = 2 * widest // (length * batch) + 1
     return effective_dims(model, (example_inputs(model, batch, length, seed) for seed in range(count)))

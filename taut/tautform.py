@@ -69,7 +69,10 @@ def load(path: str | Path, trust_remote_code: bool = False) -> GraphModule:
         graph = follow(lift(opened.full_graph(plan.outputs, symbolic=True)), plan)
     except BadPlan as error:
         raise BadInput(f"{path}: {error}", "apply taut to the original again with this version") from error
-    missing = sorted(set(graph.values) - set(opened.checkpoint.tensors))
-    if missing:
-        raise BadInput(f"{path}: the weights lack {', '.join(missing[:5])}", "apply taut to the original again")
+    stored = opened.checkpoint.tensors
+    expected = {name: shape(node) for name, node in graph.placeholders("parameter").items()}
+    wrong = [name for name, size in expected.items() if name not in stored or stored[name].shape != size]
+    if wrong:
+        cause = f"{path}: missing or of another shape: {', '.join(wrong[:5])}"
+        raise BadInput(cause, "apply taut to the original again")
     return GraphModule(graph, {name: opened.checkpoint.read(name) for name in graph.values})

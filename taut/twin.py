@@ -57,7 +57,11 @@ def prove_on_twin(model_class: type[nn.Module], config: Any, plan: Plan, dtype: 
         after = raw.copy()
         after.values = dict(rewritten.values)
     evidence = prove(
-        raw, after, inputs, promises=promises(plan, raw.outputs), spare=examples(twin, EXAMPLES, SPARE),
+        raw,
+        after,
+        inputs,
+        promises=promises(plan, raw.outputs),
+        spare=examples(twin, EXAMPLES, SPARE),
         exactness=exactness(plan),
     )
     if missing:

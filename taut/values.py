@@ -48,7 +48,8 @@ class Filled:
     value: float
 
     def evaluate(self, read: Read, rows: Rows = None) -> Tensor:
-        return torch.full(self.shape, self.value, dtype=torch.float64)[rows if rows is not None else slice(None)]
+        whole = torch.full(self.shape, self.value, dtype=torch.float64)
+        return whole if rows is None else whole[rows]
 
     def children(self) -> tuple[Value, ...]:
         return ()

@@ -29,7 +29,13 @@ def _options() -> dict[str, tuple[str, dict]]:
         "deepseek_v3": (
             "DeepseekV3ForCausalLM",
             SIZES
-            | {"num_key_value_heads": 6, "moe_intermediate_size": 32, "n_routed_experts": 8, "n_group": 2, "topk_group": 1}
+            | {
+                "num_key_value_heads": 6,
+                "moe_intermediate_size": 32,
+                "n_routed_experts": 8,
+                "n_group": 2,
+                "topk_group": 1,
+            }
             | {"num_experts_per_tok": 2, "first_k_dense_replace": 1, "q_lora_rank": 24, "kv_lora_rank": 16}
             | {"qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8},
         ),
@@ -37,7 +43,14 @@ def _options() -> dict[str, tuple[str, dict]]:
         "gpt2": ("GPT2LMHeadModel", {"n_embd": 48, "n_head": 6, "n_layer": 2, "vocab_size": 99, "n_positions": 64}),
         "gpt2_untied": (
             "GPT2LMHeadModel",
-            {"n_embd": 48, "n_head": 6, "n_layer": 2, "vocab_size": 99, "n_positions": 64, "tie_word_embeddings": False},
+            {
+                "n_embd": 48,
+                "n_head": 6,
+                "n_layer": 2,
+                "vocab_size": 99,
+                "n_positions": 64,
+                "tie_word_embeddings": False,
+            },
         ),
         "bert": ("BertForMaskedLM", SIZES),
         "t5": (

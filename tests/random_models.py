@@ -101,6 +101,8 @@ class Pass:
                     noise = torch.randn(parameter.shape, generator=self.model.generator)
                     vector = parameter.ndim < 2
                     parameter.copy_(parameter + 0.4 * noise if vector else noise / parameter.shape[-1] ** 0.5)
+                for buffer in (b for b in part.buffers() if b.is_floating_point()):
+                    buffer.add_(0.4 * torch.rand(buffer.shape, generator=self.model.generator))
             self.model.parts[key] = part
         return self.model.parts[key]
 
@@ -304,7 +306,10 @@ NORMS: dict[str, Callable[[int, float], nn.Module]] = {
         for k in ("rounded", "whole", "clamped", "flipped", "two", "buffer", "input", "one", "row")
     },
 }
-USUAL = ("rms", "layer", "layer without bias", "rms 1+w", "rms divides", "rms product", "layer plain", "layer var", "dyt")
+USUAL = (
+    *("rms", "rms 1+w", "rms divides", "rms product"),
+    *("layer", "layer without bias", "layer plain", "layer var", "dyt"),
+)
 
 
 def _rotate(x: Tensor, kind: str) -> Tensor:
@@ -363,6 +368,15 @@ def _conv(m: Pass, key: str, b: Block, y: Tensor, groups: int = 1) -> Tensor:
     return m.linear(f"{key}_o", layer(y.mT).mT, size, bool(b.biases & 4))
 
 
+def _batch_normed(m: Pass, key: str, b: Block, y: Tensor) -> Tensor:
+    """A convolution between two batch norms, as in a Conformer."""
+    size = y.shape[-1]
+    before, after = (m.part(f"{key}_{where}", lambda: nn.BatchNorm1d(size)) for where in ("before", "after"))
+    layer = m.part(key, lambda: nn.Conv1d(size, size, 1 + b.biases % 3, bias=bool(b.biases & 1)))
+    pad = F.pad(before(y.mT), (0, b.biases % 3))
+    return m.linear(f"{key}_o", F.silu(after(layer(pad))).mT, size, bool(b.biases & 4))
+
+
 def _tokens(m: Pass, key: str, b: Block, y: Tensor) -> Tensor:
     mixing = m.weight(f"{key}_t", y.shape[1], y.shape[1])
     return m.linear(f"{key}_o", mixing @ y, y.shape[-1], bool(b.biases & 4))
@@ -373,6 +387,7 @@ MIXERS = {
     "cross": _cross,
     "conv": _conv,
     "depthwise": lambda m, key, b, y: _conv(m, key, b, y, y.shape[-1]),
+    "batch norm": _batch_normed,
     "tokens": _tokens,
 }
 
@@ -383,7 +398,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "tanh": torch.tanh,
     "none": lambda t: t,
-    "ten": lambda t: -1.0 * F.relu(-1.0 * F.relu(9.0 * t) + 10.0) + 10.0,
+    "ten": lambda t: F.relu(9.0 * t) + F.relu(9.0 * t + -10.0) * -1.0,
 }
 
 
@@ -447,8 +462,9 @@ def _windows(m: Pass, key: str, x: Tensor, how: int, groups: int) -> Tensor:
 def _scaled_weight(m: Pass, key: str, x: Tensor, how: int, _: Tensor) -> Tensor:
     weight = m.weight(key, 6, x.shape[-1])
     bias = m.weight(f"{key}_bias", 6) if how % 2 else None
-    spelling = (weight * 0.5, weight / 3, weight.clone(), weight.t().contiguous().t(), weight.to(torch.bfloat16).to(x.dtype))
-    return F.linear(x, spelling[how % 5], bias if bias is None or how % 3 else bias * 0.5)
+    turned, rounded = weight.t().contiguous().t(), weight.to(torch.bfloat16).to(x.dtype)
+    spelling = (weight * 0.5, weight / 3, weight.clone(), turned, rounded)[how % 5]
+    return F.linear(x, spelling, bias if bias is None or how % 3 else bias * 0.5)
 
 
 def _partial_weight(m: Pass, key: str, x: Tensor, how: int, _: Tensor) -> Tensor:
@@ -670,6 +686,9 @@ def _attend(m: Pass, key: str, x: Tensor, how: int, _: Tensor) -> Tensor:
 OPS: dict[str, Operation] = {
     "linear": lambda m, key, x, how, s: m.linear(key, x, (8, 6, 1)[how % 3], bias=how > 2),
     "norm": lambda m, key, x, how, s: m.norm(key, (*USUAL, "rms without gain")[how % 10], x),
+    "batch norm": lambda m, key, x, how, s: (
+        m.part(key, lambda: nn.BatchNorm1d(x.shape[1], eps=1e-3, affine=how % 2 == 0))(x) if x.ndim == 3 else x
+    ),
     "conv": lambda m, key, x, how, s: _windows(m, key, x, how, 1),
     "depthwise": lambda m, key, x, how, s: _windows(m, key, x, how, x.shape[-1]),
     "scaled weight": _scaled_weight,

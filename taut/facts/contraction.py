@@ -41,15 +41,15 @@ def contraction(node: fx.Node, known: dict[fx.Node, bool]) -> Contraction | None
     """The product that a node computes, if its weight is made of parameters alone."""
     if node.op != "call_function":
         return None
-    args = node.args
+    args: Any = (*node.args, None)
     if node.target is linear and is_constant(args[1], known):
-        x, weight, bias = (*args, None)[:3]
+        x, weight, bias = args[:3]
         if bias is None or is_constant(bias, known):
             return Contraction(node, x, len(shape(x)) - 1, weight, 1, 0, len(shape(node)) - 1, bias)
     if node.target is expert_linear and is_constant(args[1], known):
         return Contraction(node, args[0], 1, args[1], 1, 2, 1)
     if node.target in (aten.bmm.default, aten.matmul.default) and is_constant(args[1], known):
-        x, weight = args
+        x, weight = args[:2]
         n = len(shape(weight))
         if n >= 3 and not is_constant(x, known):
             return Contraction(node, x, len(shape(x)) - 1, weight, n - 2, n - 1, len(shape(node)) - 1)
@@ -60,7 +60,7 @@ def contraction(node: fx.Node, known: dict[fx.Node, bool]) -> Contraction | None
 
 def _convolution(node: fx.Node, known: dict[fx.Node, bool]) -> Contraction | None:
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     x, weight, bias, groups = given["input"], given["weight"], given.get("bias"), given.get("groups", 1)
     if bias is not None and not is_constant(bias, known):
         return None

@@ -115,7 +115,8 @@ def _pass(node: fx.Node, carried: dict[fx.Node, Carried]) -> Carried | str | Non
         return _sum(node, first, refusal)
     if is_call(node, *TOKEN_PRODUCTS) and node.args[1] is sources[0]:
         index = first.index
-        if index.ndim < 2 or len(shape(node.args[0])) < 2 or not constant_along(index, -2):
+        weights: Any = node.args[0]
+        if index.ndim < 2 or len(shape(weights)) < 2 or not constant_along(index, -2):
             return refusal
         return Carried(index.narrow(-2, 0, 1).expand(shape(node)), gain_only=True)
     return refusal

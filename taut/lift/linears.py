@@ -19,21 +19,22 @@ aten = torch.ops.aten
 def lift(graph: Graph) -> None:
     known: dict[fx.Node, bool] = {}
     for node in list(graph.nodes):
+        args: Any = node.args
         if node.op != "call_function":
             continue
         if node.target is aten.linear.default:
-            if _is_layer(shape(node.args[1])[::-1], *node.args[2:]):
-                replace(graph, node, linear, node.args)
+            if _is_layer(shape(args[1])[::-1], *args[2:]):
+                replace(graph, node, linear, args)
         elif node.target is aten.addmm.default and not node.kwargs:
-            bias, x, weight = node.args
+            bias, x, weight = args
             if is_constant(weight, known) and not is_constant(x, known) and _is_layer(shape(weight), bias):
                 replace(graph, node, linear, (x, _transposed(graph, node, weight), bias))
         elif node.target in (aten.mm.default, aten.matmul.default):
-            x, weight = node.args
+            x, weight = args
             if is_constant(weight, known) and not is_constant(x, known) and _is_layer(shape(weight)):
                 replace(graph, node, linear, (x, _transposed(graph, node, weight)))
         elif "grouped_mm" in str(node.target) and _is_grouped(node):
-            replace(graph, node, expert_linear, node.args[:3])
+            replace(graph, node, expert_linear, args[:3])
 
 
 def _is_layer(weight: tuple[int, ...], bias: Any = None) -> bool:
@@ -43,7 +44,8 @@ def _is_layer(weight: tuple[int, ...], bias: Any = None) -> bool:
 
 def _is_grouped(node: fx.Node) -> bool:
     """Whether experts' weights are multiplied by their tokens, and nothing is added."""
-    x, weight, offsets, bias = (*node.args, None, None, None, None)[:4]
+    args: Any = (*node.args, None, None, None, None)
+    x, weight, offsets, bias = args[:4]
     if not isinstance(offsets, fx.Node) or offsets.meta["val"].is_floating_point():
         return False
     return node.kwargs.get("bias", bias) is None and len(shape(x)) == 2 and len(shape(weight)) == 3
@@ -51,8 +53,9 @@ def _is_grouped(node: fx.Node) -> bool:
 
 def _transposed(graph: Graph, before: fx.Node, weight: fx.Node) -> fx.Node:
     """The weight as (out, in); a transpose of a transpose is the parameter itself."""
-    if is_call(weight, aten.t.default) or (is_call(weight, aten.transpose.int) and _swaps(*weight.args[1:])):
-        return weight.args[0]
+    args: Any = weight.args
+    if is_call(weight, aten.t.default) or (is_call(weight, aten.transpose.int) and _swaps(*args[1:])):
+        return args[0]
     with graph.fx.inserting_before(before):
         turned = graph.fx.call_function(aten.transpose.int, (weight, 0, 1))
     turned.meta = dict(weight.meta) | {"val": weight.meta["val"].transpose(0, 1), "where": before.meta["where"]}

@@ -29,12 +29,13 @@ class Core(NamedTuple):
 def lift(graph: Graph) -> None:
     known: dict[fx.Node, bool] = {}
     for node in list(graph.nodes):
+        args: Any = node.args
         if node.op != "call_function":
             continue
         if node.target is aten.layer_norm.default:
             _native(graph, node, layer_norm, *_native_args(node, 1e-5))
         elif node.target is aten.rms_norm.default:
-            x, sizes, gain, eps = node.args
+            x, sizes, gain, eps = args
             _native(graph, node, rms_norm, x, sizes, gain, None, eps)
         elif node.target is aten.tanh.default:
             _dyt(graph, node, known)
@@ -117,14 +118,11 @@ def _mean_of_square(mean: fx.Node) -> fx.Node | None:
 
 
 def _variance_of(node: fx.Node, x: fx.Node) -> bool:
-    if is_call(node, aten.var.correction):
-        return (
-            through_casts(node.args[0]) is x
-            and node.kwargs.get("correction") == 0
-            and node.kwargs.get("keepdim", False)
-            and _last(node.args[1], node.args[0])
-        )
-    return False
+    if not is_call(node, aten.var.correction):
+        return False
+    of, axes = (*node.args, None)[:2]
+    kept = bool(node.kwargs.get("correction") == 0) and bool(node.kwargs.get("keepdim", False))
+    return kept and through_casts(of) is x and _last(axes, x)
 
 
 def _centred_from(node: fx.Node) -> fx.Node | None:

@@ -68,9 +68,10 @@ def _fold(graph: Graph, norm: fx.Node, form: Form, used: dict[str, set[fx.Node]]
         return "it has no gain to fold" if bias_node is None else "it has a bias but no gain"
     gain = gain_of(graph, gain_node)
     bias = None if bias_node is None else gain_of(graph, bias_node)
-    for part in (gain, bias):
-        if isinstance(part, str):
-            return part
+    if isinstance(gain, str):
+        return gain
+    if isinstance(bias, str):
+        return bias
     if _does_nothing(graph, gain, 1.0) and (bias is None or _does_nothing(graph, bias, 0.0)):
         return "already folded: its gain is one"
     found = readers(graph, norm, shape(gain_node))
