@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,6 +57,13 @@ class Scale:
     def inner(self) -> int:
         """How many consecutive elements share one factor."""
         return math.prod(self.shape[self.axis + 1 :])
+
+    @functools.cached_property
+    def factors(self) -> tuple[np.ndarray, np.ndarray]:
+        """The vector in float64 and in float32, the latter empty where some of it is no normal number there."""
+        exact, sizes = np.ascontiguousarray(self.vector.numpy()), self.vector.abs()
+        normal = bool(((sizes > 2.0**-100) & (sizes < 2.0**100)).all())
+        return exact, exact.astype(np.float32) if normal else np.empty(0, np.float32)
 
     def block(self, read: Read, rows: slice) -> Tensor:
         x = read(self.name, rows).double()

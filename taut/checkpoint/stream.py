@@ -132,7 +132,7 @@ class Streamer:
         if bad:
             return bad, Lost()
         bits, form = BITS[block.info.dtype.itemsize], FORMATS[block.info.dtype]
-        place = (np.ascontiguousarray(edit.vector.numpy()), block.start, edit.inner)
+        place = (*edit.factors, block.start, edit.inner)
         target = self._buffer("target", source.size)
         over, under = scale(source.view(bits), *place, target.view(bits), *form)
         self._write(block, target)

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from taut.checkpoint import Scale, TensorInfo
 from taut.checkpoint.kernels import check, count_different, count_nonfinite, scale
 from taut.checkpoint.rounding import Lost, lost, round_once
 from taut.checkpoint.stream import BITS, FORMATS
@@ -91,6 +92,11 @@ def test_round_once_refuses_other_types():
         round_once(torch.zeros(1, dtype=torch.float64), torch.int8)
 
 
+def place_of(factors, first, inner):
+    info = TensorInfo(torch.bfloat16, tuple(factors.shape), "", 0, 0)
+    return *Scale("", info, 0, factors).factors, first, inner
+
+
 def raw(x: torch.Tensor) -> np.ndarray:
     return x.contiguous().view(torch.uint8).numpy().view(BITS[x.dtype.itemsize]).ravel()
 
@@ -103,13 +109,13 @@ def test_kernel_equals_reference_bit_for_bit(dtype, inner, first):
     by = FACTORS[(torch.arange(x.numel()) + first) // inner % len(FACTORS)]
     want = round_once(x.double() * by, dtype)
     got = np.empty_like(raw(x))
-    over, under = scale(raw(x), FACTORS.numpy(), first, inner, got, *FORMATS[dtype])
+    over, under = scale(raw(x), *place_of(FACTORS, first, inner), got, *FORMATS[dtype])
     numbers = ~want.isnan().numpy()
     assert np.array_equal(got[numbers], raw(want)[numbers])
     assert torch.from_numpy(got.view(np.uint8)).view(dtype)[~numbers].isnan().all()
     finite = x.isfinite()
     assert Lost(over, under) == lost(x[finite], (x.double() * by)[finite], want[finite])
-    wrong = check(raw(x), FACTORS.numpy(), first, inner, got, *FORMATS[dtype])
+    wrong = check(raw(x), *place_of(FACTORS, first, inner), got, *FORMATS[dtype])
     assert wrong == int((~numbers).sum())
 
 
@@ -117,12 +123,41 @@ def test_kernel_equals_reference_bit_for_bit(dtype, inner, first):
 def test_check_notices_every_single_wrong_value(dtype):
     x = every_value(dtype)
     x = x[x.isfinite()]
-    place = (FACTORS.numpy(), 0, 1)
+    place = place_of(FACTORS, 0, 1)
     right = np.empty_like(raw(x))
     scale(raw(x), *place, right, *FORMATS[dtype])
     sign = right.dtype.type(1 << (8 * right.itemsize - 1))
     for wrong in (right + right.dtype.type(1), right - right.dtype.type(1), right ^ sign):
         assert check(raw(x), *place, wrong, *FORMATS[dtype]) == x.numel()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inner", [1, 5])
+def test_every_road_gives_the_same_bits_and_verdicts(dtype, inner):
+    """Chunks of weights as they are, in which most take the shortest road, with one odd value here and there."""
+    generator = torch.Generator().manual_seed(0)
+    x = (0.02 * torch.randn(300_000, generator=generator)).to(dtype)
+    x[::7001] = torch.tensor([0.0, -0.0, 1e-40, 3e38, 1e-7, -6e-5]).to(dtype).repeat(8)[: x[::7001].numel()]
+    x = x[x.isfinite()]
+    factors = 0.5 + torch.rand(1024, dtype=torch.float64, generator=generator)
+    factors[:64] = 1 + torch.randint(-9, 9, (64,), generator=generator) * 2.0 ** -torch.arange(10, 74).double().clamp(
+        max=52
+    )
+    place = place_of(factors, 3, inner)
+    assert place[1].size
+    by = factors[(torch.arange(x.numel()) + 3) // inner % 1024]
+    want = raw(round_once(x.double() * by, dtype))
+    for narrow in (place[1], place[1][:0]):
+        got = np.empty_like(want)
+        args = (place[0], narrow, *place[2:])
+        scale(raw(x), *args, got, *FORMATS[dtype])
+        assert np.array_equal(got, want)
+        assert check(raw(x), *args, want, *FORMATS[dtype]) == 0
+        spots = torch.randint(x.numel(), (50,), generator=generator).unique().numpy()
+        for change in (1, -1, 1 << (8 * want.itemsize - 1)):
+            wrong = want.copy()
+            wrong[spots] = (wrong[spots].astype(np.int64) + change).astype(want.dtype)
+            assert check(raw(x), *args, wrong, *FORMATS[dtype]) == len(spots)
 
 
 def test_counting_kernels():
