@@ -7,7 +7,7 @@ JOBS ?= 2
 
 BIN := .venv/bin
 READY := .venv/.ready
-PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) $(if $(WEIGHTS),--weights $(WEIGHTS))
+PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) $(if $(WEIGHTS),--weights=$(WEIGHTS))
 
 .PHONY: demo test slow-test gpu-test lint format readme clean
 

@@ -32,7 +32,7 @@ def weights(request) -> Path:
     """The folder of trained checkpoints; without one, tests on them are skipped, loudly."""
     folder = request.config.getoption("--weights")
     if folder is None or not folder.is_dir():
-        pytest.skip("TRAINED CHECKPOINTS NOT TESTED: pass --weights DIR")
+        pytest.skip("TRAINED CHECKPOINTS NOT TESTED: pass --weights=DIR")
     return folder
 
 

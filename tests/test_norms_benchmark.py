@@ -77,6 +77,7 @@ def test_steps_fit_the_time_and_the_passes():
     assert norms.affordable([1e-9], 90.0, 6401, TINY) == 2 * 100
 
 
+@pytest.mark.slow
 def test_runs_go_by_seed_in_their_processes(data: Path, tmp_path: Path):
     names = ("RMSNorm", "MXNorm")
     made = norms.measure(TINY, data, tmp_path / "norms.json", "cpu", 600, 3, names)
