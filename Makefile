@@ -1,4 +1,5 @@
-# make demo | test | slow-test | gpu-test | lint | format | readme. Each sets up .venv first; nothing is installed outside it.
+# make demo | test | slow-test | gpu-test | lint | format | readme
+# Each sets up .venv first; nothing is installed outside it.
 # WEIGHTS=DIR also tests on a folder of trained checkpoints.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -38,9 +39,10 @@ readme: $(READY)
 
 # torch goes first and alone: pip then takes the small build for machines without a GPU wherever it is offered one.
 $(READY): pyproject.toml constraints.txt
+	@echo "setting up .venv; this takes some minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet $(shell grep '^torch==' constraints.txt)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(shell grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $(READY)
 
 clean:

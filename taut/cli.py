@@ -137,26 +137,28 @@ def apply(
     as_json: Json = False,
 ) -> None:
     """Rewrite a checkpoint, prove that it is the same model, and write it to DIR."""
-    with _command(as_json, threads), _progress() as progress:
+    with _command(as_json, threads):
         from taut import api, show
         from taut.plans import Plan
 
-        done = api.apply(
-            model,
-            Plan.load(plan) if plan else None,
-            None,
-            only,
-            form.value,
-            out=out,
-            outputs=outputs.value,
-            untie=untie,
-            verify=verify,
-            force=force,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            dtype=dtype.value if dtype else None,
-            progress=progress,
-        )
+        chosen = Plan.load(plan) if plan else None
+        with _progress() as progress:
+            done = api.apply(
+                model,
+                chosen,
+                None,
+                only,
+                form.value,
+                out=out,
+                outputs=outputs.value,
+                untie=untie,
+                verify=verify,
+                force=force,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                dtype=dtype.value if dtype else None,
+                progress=progress,
+            )
         _print(as_json, done.as_dict(), lambda: show.applied(done))
 
 
@@ -171,17 +173,18 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Prove that AFTER is still the model BEFORE; exit 1 if it is not, or if nothing can be proved."""
-    with _command(as_json, threads), _progress() as progress:
+    with _command(as_json, threads):
         from taut import api, show
 
-        evidence = api.verify(
-            before,
-            after,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            dtype=dtype.value if dtype else None,
-            progress=progress,
-        )
+        with _progress() as progress:
+            evidence = api.verify(
+                before,
+                after,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                dtype=dtype.value if dtype else None,
+                progress=progress,
+            )
         _print(as_json, evidence.as_dict(), lambda: show.evidence(evidence))
         if not evidence.passed:
             raise typer.Exit(1)
@@ -204,11 +207,11 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Run the main job on the model that comes with taut: inspect, apply, verify, compare."""
-    with _command(as_json, None), _progress() as progress:
+    with _command(as_json, None):
         from taut import show
         from taut.demonstrate import demonstrate
 
-        shown = demonstrate(out, progress, _nothing if as_json else show.told)
+        shown = demonstrate(out, _nothing if as_json else show.told)
         _print(as_json, shown.as_dict(), lambda: show.demonstration(shown))
         if not shown.passed:
             raise typer.Exit(1)
@@ -282,12 +285,14 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
     console = Console(stderr=True)
     hidden = not console.is_terminal
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=hidden) as bar:
-        tasks: dict[str, Any] = {}
+        task, now = bar.add_task("reading", total=None), ""
 
         def report(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done, total=total)
+            nonlocal now
+            if what != now:
+                bar.reset(task, description=what, total=None)
+                now = what
+            bar.update(task, completed=done, total=total if total > 1 else None)
 
         yield report
 

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from taut import api
-from taut.api import Progress
 
 DEMO = Path(__file__).parent / "demo"
 MODEL = DEMO / "model"
@@ -40,7 +39,7 @@ class Demonstration:
         return asdict(self)
 
 
-def demonstrate(out: Path | None, progress: Progress | None, say: Callable[[Any], None]) -> Demonstration:
+def demonstrate(out: Path | None, say: Callable[[Any], None]) -> Demonstration:
     """Run it all, in a temporary directory unless `out` is given. `say` is told each step, then what came of it."""
     with tempfile.TemporaryDirectory() as scratch:
         target = out or Path(scratch) / "rewritten"
@@ -48,10 +47,10 @@ def demonstrate(out: Path | None, progress: Progress | None, say: Callable[[Any]
         found = api.inspect(MODEL)
         say(found)
         say("2. taut apply: fold them, prove it on a small twin, write the checkpoint")
-        done = api.apply(MODEL, out=target, only=[FOLD], progress=progress)
+        done = api.apply(MODEL, out=target, only=[FOLD])
         say(done)
         say("3. taut verify: prove it on the model itself, from what stands on disk")
-        evidence = api.verify(MODEL, target, progress=progress)
+        evidence = api.verify(MODEL, target)
         say(evidence)
         say("4. both models, loaded by transformers without taut")
         rows = compare(MODEL, target)

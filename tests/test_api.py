@@ -162,6 +162,22 @@ def test_import_is_light():
     assert float(done.stdout) < 0.3
 
 
+ANYWHERE = """
+import importlib, pkgutil, sys
+import torch, transformers, numba, typer, rich.console, rich.progress, huggingface_hub, matplotlib.pyplot
+for name in ("fcntl", "resource", "termios", "pwd", "grp", "posix_ipc", "triton"):
+    sys.modules[name] = None
+import taut
+for info in pkgutil.walk_packages(taut.__path__, "taut."):
+    importlib.import_module(info.name)
+"""
+
+
+def test_every_module_imports_without_what_only_unix_or_a_gpu_has():
+    done = subprocess.run([sys.executable, "-c", ANYWHERE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_every_verb_is_there():
     for verb in taut.__all__:
         assert callable(getattr(taut, verb))

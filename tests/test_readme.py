@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -19,6 +20,7 @@ from taut.techniques import catalogue, markdown
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+CHECKPOINTS = ROOT / "docs" / "checkpoints.md"
 HUB_ID = r"\b[A-Za-z]\w+/[\w.-]*\d[\w.-]*\b"
 
 
@@ -30,8 +32,26 @@ def commands() -> list[str]:
     return [line for block in blocks("sh") for line in block.splitlines() if line]
 
 
-def between(mark: str) -> str:
-    return README.read_text().split(f"<!-- {mark} -->\n")[1].split(f"<!-- /{mark} -->")[0].strip()
+def block(mark: str) -> re.Pattern:
+    """What stands between two comments."""
+    return re.compile(rf"(?<=<!-- {mark} -->\n)(.*?)\n?(?=<!-- /{mark} -->)", re.S)
+
+
+def between(mark: str, path: Path = README) -> str:
+    found = block(mark).search(path.read_text())
+    assert found is not None
+    return found[1]
+
+
+def streaming() -> str:
+    """What was measured of streaming, in words."""
+    found = json.loads((ROOT / "benchmarks" / "results" / "streaming.json").read_text())
+    return (
+        f"Measured on {found['cores']} cores with an 8B-shaped Llama checkpoint of {found['bytes'] / 1e9:.1f} GB in "
+        f"bfloat16:\n{found['taut_gb_per_s']:.2f} GB/s where `cp` reaches {found['cp_gb_per_s']:.2f} GB/s (best of "
+        f"{len(found['runs']['taut'])} runs each, from a cold cache, until synced), with at most\n"
+        f"{found['peak_gb']:.2f} GB of resident memory (`python benchmarks/streaming.py`)."
+    )
 
 
 def demo() -> str:
@@ -65,6 +85,10 @@ def test_make_demo_prints_what_the_readme_shows():
 
 def test_the_table_of_techniques_is_the_one_of_the_code():
     assert between("techniques") == markdown(catalogue()), "run `make readme`"
+
+
+def test_the_figures_of_streaming_are_those_measured():
+    assert between("streaming", CHECKPOINTS) == streaming(), "run `make readme`"
 
 
 def test_the_python_example_runs(monkeypatch, capsys):
@@ -134,13 +158,11 @@ def test_every_option_that_the_readme_names_exists():
 VERBS = ("inspect", "plan", "apply", "verify", "techniques", "demo")
 
 
-def renew() -> None:
-    text = README.read_text()
-    for mark, new in {"demo": f"```text\n{demo()}\n```", "techniques": markdown(catalogue())}.items():
-        old = text.split(f"<!-- {mark} -->\n")[1].split(f"<!-- /{mark} -->")[0]
-        text = text.replace(f"<!-- {mark} -->\n{old}<!-- /{mark} -->", f"<!-- {mark} -->\n{new}\n<!-- /{mark} -->")
-    README.write_text(text)
+def renew(path: Path, mark: str, new: str) -> None:
+    path.write_text(block(mark).sub(lambda _: f"{new}\n", path.read_text()))
 
 
 if __name__ == "__main__":
-    renew()
+    renew(README, "techniques", markdown(catalogue()))
+    renew(CHECKPOINTS, "streaming", streaming())
+    renew(README, "demo", f"```text\n{demo()}\n```")

@@ -1,6 +1,6 @@
 """Every architecture of the installed transformers: built tiny, traced, rewritten in both forms, and proved.
 
-    python benchmarks/architectures.py --record architectures.json --table docs/architectures.md
+    python benchmarks/survey.py --record architectures.json --table docs/architectures.md
 
 Results are kept class by class, so that a run that was cut short goes on where it stopped.
 """
@@ -210,7 +210,7 @@ def table(records: list[Record]) -> str:
         "# Architectures",
         "",
         f"Every class in the model mappings of transformers {version('transformers')}, built tiny with random gains",
-        "and biases, rewritten in both forms and proved in float64. Made by `python benchmarks/architectures.py`.",
+        "and biases, rewritten in both forms and proved in float64. Made by `python benchmarks/survey.py`.",
         "",
         summary(records),
         "",
