@@ -111,9 +111,10 @@ def prove(
     float64_error = max(compared.float64.values(), default=0.0)
     ratios = {k: math.sqrt(compared.after[k] / compared.before[k]) for k in compared.after}
     worst_output = max(compared.float64, key=compared.float64.__getitem__, default="")
-    same = float64_error <= SAME_FUNCTION if exactness is Exactness.ALGEBRAIC else True
+    limit = {Exactness.BITWISE: 0.0, Exactness.ALGEBRAIC: SAME_FUNCTION}.get(exactness, math.inf)
+    as_good = all(ratio <= AS_GOOD for ratio in ratios.values())
     error_ratio = max(ratios.values(), default=1.0)
-    passed = same and error_ratio <= AS_GOOD and not unproved and not wrong
+    passed = float64_error <= limit and as_good and not unproved and not wrong
     return Evidence(
         passed=passed,
         exactness=exactness.name,

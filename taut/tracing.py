@@ -52,9 +52,9 @@ def trace(model: nn.Module, inputs: Mapping[str, Tensor], *, outputs: str = "all
             exported = torch.export.export(wrapper, (dict(inputs),), strict=False, dynamic_shapes=shapes)
             if _hides_something(exported.graph):
                 exported = exported.run_decompositions({})
+            return _graph(exported, model, tuple(inputs), tuple(dict.fromkeys(names)))
         except Exception as error:
             raise CannotTrace(_reason(error)) from error
-    return _graph(exported, model, tuple(inputs), tuple(dict.fromkeys(names)))
 
 
 def _any_shape(tensor: Tensor) -> dict[int, Any]:

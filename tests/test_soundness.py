@@ -328,7 +328,7 @@ TRAPS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
     ),
     "a norm of its own gain": (
         lambda: Trap(
-            lambda m, y: m.a(F.rms_norm(m.g.expand(6, 8), (8,), m.g)) + m.b(y).abs(), g=r(8), a=L(8, 4), b=L(8, 4)
+            lambda m, y: m.a(F.rms_norm(m.g.expand(6, 8), (8,), m.g, 1e-5)) + m.b(y).abs(), g=r(8), a=L(8, 4), b=L(8, 4)
         ),
         True,
     ),
