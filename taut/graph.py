@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from taut.op import Op
-from taut.values import Original, Read, Value, reader
+from taut.values import Filled, Original, Read, Value, reader
 
 Unwritable = Callable[[str, tuple[int, ...] | None], str | None]
 """Why a parameter cannot be given values that vary along some axes (None: along all), or None."""
@@ -41,9 +41,9 @@ class Graph:
     `tensors` are the model's own, by name (meta tensors where only shapes are known); `values` says what each
     parameter has become; `ties` maps every name of a parameter to the one name used here; `outputs` are the names of
     what the model returns; `written` has the dtype of each parameter that a rewrite added. `read` reads a parameter's
-    original rows where `tensors` has only shapes; `unwritable` says what its home on disk does not allow. Nodes carry
-    in `meta`: `val` (a meta tensor), `where` (module path), `line` (source), and placeholders `kind` ("parameter",
-    "buffer" or "input") and `tensor` (its name).
+    original rows where `tensors` has only shapes; `unwritable` says what its home on disk does not allow; `stored`
+    reads what stands there, for a plan that is made from shapes. Nodes carry in `meta`: `val` (a meta tensor), `where`
+    (module path), `line` (source), and placeholders `kind` ("parameter", "buffer" or "input") and `tensor` (its name).
     """
 
     fx: fx.Graph
@@ -54,6 +54,7 @@ class Graph:
     written: dict[str, str] = field(default_factory=dict)
     read: Read | None = None
     unwritable: Unwritable | None = None
+    stored: Read | None = None
     memo: dict[Any, Any] | None = None
 
     @contextlib.contextmanager
@@ -90,7 +91,8 @@ class Graph:
         out = twin.output(result)
         out.meta = dict(self.output.meta)
         values, written = dict(self.values), dict(self.written)
-        return Graph(twin, self.tensors, values, self.ties, self.outputs, written, self.read, self.unwritable)
+        kept = (self.read, self.unwritable, self.stored)
+        return Graph(twin, self.tensors, values, self.ties, self.outputs, written, *kept)
 
     def add_parameter(self, name: str, value: Value, like: Tensor) -> fx.Node:
         """A new parameter with its value; `like` (meta will do) has its shape and dtype."""
@@ -113,6 +115,13 @@ class Graph:
     def changed(self) -> dict[str, Value]:
         """The parameters that are no longer the model's own."""
         return {name: value for name, value in self.values.items() if value != Original(name)}
+
+    def holds(self, name: str, wanted: Filled) -> bool:
+        """Whether a parameter is known to have one value everywhere: a rewrite gave it, or it stands on disk so."""
+        now = self.values[name]
+        if now == Original(name) and self.stored is not None:
+            return bool((self.stored(name, None) == wanted.value).all())
+        return now == wanted
 
     def evaluate(self, name: str, dtype: torch.dtype | None = torch.float64) -> Tensor:
         """A parameter's present value; in its own dtype when `dtype` is None, rounded once."""

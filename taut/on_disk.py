@@ -63,7 +63,7 @@ def apply_checkpoint(
 def _planned(opened: Opened, plan: Plan | None, only, form: str, outputs: str) -> tuple[Plan, Graph]:
     if plan is None:
         return plan_and_apply(lift(opened.writable_graph(outputs)), form, only, outputs)
-    return plan, follow(lift(opened.writable_graph(plan.outputs)), plan)
+    return plan, follow(lift(opened.writable_graph(plan.outputs, known=False)), plan)
 
 
 def _refuse(opened: Opened, error: OutOfRange) -> bool:

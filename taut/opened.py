@@ -54,13 +54,20 @@ class Opened:
         """The graph from shapes alone. Raises BadInput where the model cannot be traced."""
         return self._trace(self.meta, outputs)
 
-    def writable_graph(self, outputs: str) -> Graph:
-        """The graph from shapes alone, with what the layout on disk, if there is one, does not allow to be changed."""
+    def writable_graph(self, outputs: str, known: bool = True) -> Graph:
+        """The graph from shapes alone, with what the layout on disk, if there is one, does not allow to be changed.
+
+        `known`: a plan made from it may look at what small parameters hold, so as not to do again what is done.
+        """
         graph = self.graph(outputs)
         if not self.checkpoint.shards:
             return graph
         graph.unwritable = lambda name, axes: self.refused.get(name) or self.located.unwritable(name, axes)
+        graph.stored = self._stored if known else None
         return graph
+
+    def _stored(self, name: str, rows: slice | None) -> Tensor:
+        return self.located.read(name, rows)
 
     def full_graph(self, outputs: str, dtype: torch.dtype | None = None, symbolic: bool = False) -> Graph:
         """The graph that can be run: parameters are read from disk when they are needed, and not kept."""

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import fx
 
-from taut.facts.contraction import name_of, place, times_read, uses
+from taut.facts.contraction import also_read, name_of, place, times_read, uses
 from taut.facts.gains import Gain, gain_of
 from taut.facts.readers import Reader, readers
 from taut.graph import Graph, shape
@@ -72,7 +72,7 @@ def _fold(graph: Graph, norm: fx.Node, form: Form, used: dict[str, set[fx.Node]]
         return gain
     if isinstance(bias, str):
         return bias
-    if _does_nothing(graph, gain, 1.0) and (bias is None or _does_nothing(graph, bias, 0.0)):
+    if _does_nothing(graph, gain, 1.0, form) and (bias is None or _does_nothing(graph, bias, 0.0, form)):
         return "already folded: its gain is one"
     found = readers(graph, norm, shape(gain_node))
     if isinstance(found, str):
@@ -90,8 +90,10 @@ def _fold(graph: Graph, norm: fx.Node, form: Form, used: dict[str, set[fx.Node]]
     return fold
 
 
-def _does_nothing(graph: Graph, gain: Gain, value: float) -> bool:
-    return graph.values[gain.parameter] == gain.neutral(value)
+def _does_nothing(graph: Graph, gain: Gain, value: float, form: Form) -> bool:
+    """In taut form a gain that stands on disk as ones is folded nevertheless: its product then leaves the graph."""
+    neutral = gain.neutral(value)
+    return graph.holds(gain.parameter, neutral) if form.stock else graph.values[gain.parameter] == neutral
 
 
 def _take(graph: Graph, fold: Fold, reader: Reader, gain: Gain, bias: Gain | None, form: Form) -> str | None:
@@ -170,9 +172,7 @@ def _conflict(graph: Graph, fold: Fold, wanted: dict[str, list[Fold]], used: dic
             return f"another norm would change {parameter} otherwise"
         outside = used[parameter] - through
         if outside:
-            tied = [name for name in graph.names_of(parameter) if name != parameter]
-            also = f" (tied to {', '.join(tied)})" if tied else ""
-            return f"{parameter}{also} is also read by {name_of(min(outside, key=lambda n: n.name))}"
+            return also_read(graph, parameter, outside)
     return None
 
 
