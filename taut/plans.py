@@ -109,19 +109,36 @@ def make_plan(graph: Graph, form: str = "stock", only: Iterable[str] | None = No
 def plan_and_apply(
     graph: Graph, form: str = "stock", only: Iterable[str] | None = None, outputs: str = "all"
 ) -> tuple[Plan, Graph]:
-    """A plan for the graph, and the graph as the plan makes it."""
+    """A plan for the graph, and the graph as the plan makes it.
+
+    What one rewrite leaves may be another's chance, so all are tried again until none finds anything: a second plan
+    for the result is empty. The refusals are those of the first round that no later one took back.
+    """
     shape = form_of(form)
-    steps, refused, absent = [], [], {}
-    for rewrite in choose(only, shape):
-        sites = rewrite.find(graph, shape)
+    tried = choose(only, shape)
+    graph, steps, refused = _round(graph, tried, shape)
+    absent = {rewrite.name: rewrite.absent for rewrite in tried if rewrite.name not in refused}
+    more = steps
+    while more:
+        graph, more, _ = _round(graph, tried, shape)
+        steps += more
+    done = {(step.rewrite, where) for step in steps for where in step.sites}
+    kept = tuple(r for refusals in refused.values() for r in refusals if (r.rewrite, r.where) not in done)
+    return Plan(form, outputs, tuple(steps), kept, absent), graph
+
+
+def _round(graph: Graph, tried: list[Rewrite], form: Form) -> tuple[Graph, list[Step], dict[str, list[Refusal]]]:
+    """Apply each rewrite to what the ones before it left. The refusals are by rewrite, for those that found a site."""
+    steps, refused = [], {}
+    for rewrite in tried:
+        sites = rewrite.find(graph, form)
         chosen = tuple(site.where for site in sites if site.refused is None)
-        refused += [Refusal(rewrite.name, s.where, s.refused) for s in sites if s.refused is not None]
-        if not sites:
-            absent[rewrite.name] = rewrite.absent
+        if sites:
+            refused[rewrite.name] = [Refusal(rewrite.name, s.where, s.refused) for s in sites if s.refused is not None]
         if chosen:
-            graph = rewrite.apply(graph, chosen, shape)
+            graph = rewrite.apply(graph, chosen, form)
             steps.append(Step(rewrite.name, chosen))
-    return Plan(form, outputs, tuple(steps), tuple(refused), absent), graph
+    return graph, steps, refused
 
 
 def follow(graph: Graph, plan: Plan) -> Graph:

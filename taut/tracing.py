@@ -7,6 +7,7 @@ import inspect
 import io
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -45,16 +46,16 @@ def trace(model: nn.Module, inputs: Mapping[str, Tensor], *, outputs: str = "all
     """
     names: list[str] = []
     wrapper = _Promised(model, outputs, names.append)
-    with _traceable(model), torch.no_grad(), warnings.catch_warnings(), _quiet():
+    with traceable(model), torch.no_grad(), warnings.catch_warnings(), quiet():
         warnings.simplefilter("ignore")
         try:
             shapes = ({name: _any_shape(tensor) for name, tensor in inputs.items()},) if symbolic else None
             exported = torch.export.export(wrapper, (dict(inputs),), strict=False, dynamic_shapes=shapes)
-            if _hides_something(exported.graph):
+            if hides_something(exported.graph):
                 exported = exported.run_decompositions({})
-            return _graph(exported, model, tuple(inputs), tuple(dict.fromkeys(names)))
+            return imported(exported, model, tuple(inputs), tuple(dict.fromkeys(names)))
         except Exception as error:
-            raise CannotTrace(_reason(error)) from error
+            raise CannotTrace(reason(error)) from error
 
 
 def _any_shape(tensor: Tensor) -> dict[int, Any]:
@@ -112,12 +113,12 @@ def _switches(model: nn.Module) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _traceable(model: nn.Module) -> Iterator[None]:
+def traceable(model: nn.Module, experts: str = "grouped_mm") -> Iterator[None]:
     """Set, for the time of the trace, what configuration decides: attention and experts as exportable products."""
     was_training, saved = model.training, []
     model.eval()
     for config in _configs(model):
-        for key, wanted in (("use_cache", False), ("_experts_implementation_internal", "grouped_mm")):
+        for key, wanted in (("use_cache", False), ("_experts_implementation_internal", experts)):
             if hasattr(config, key) and getattr(config, key) != wanted:
                 saved.append((config, key, getattr(config, key)))
                 setattr(config, key, wanted)
@@ -142,7 +143,7 @@ def _configs(model: nn.Module) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Export logs and prints at length about what it does not know of; the reason is in the exception."""
     loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx", "torch._dynamo")]
     levels = [logger.level for logger in loggers]
@@ -156,7 +157,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _hides_something(graph: fx.Graph) -> bool:
+def hides_something(graph: fx.Graph) -> bool:
     """In-place writes and sub-graphs hide who reads what; decomposing makes both plain, but takes as long again."""
     for node in graph.nodes:
         if node.op in ("get_attr", "call_module"):
@@ -170,14 +171,15 @@ def _hides_something(graph: fx.Graph) -> bool:
     return False
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
     return f"{type(error).__name__}: {text.splitlines()[0][:300]}"
 
 
-def _graph(
+def imported(
     exported: torch.export.ExportedProgram, model: nn.Module, inputs: tuple[str, ...], names: tuple[str, ...]
 ) -> Graph:
+    """The Graph of an exported wrapper whose attribute `model` is the model."""
     signature, graph = exported.graph_signature, exported.graph
     tensors = dict(model.state_dict(keep_vars=True)) | dict(model.named_parameters(remove_duplicate=False))
     tensors |= dict(model.named_buffers(remove_duplicate=False))
@@ -194,6 +196,7 @@ def _graph(
                 _annotate(node)
     _without_copies(graph)
     _merge_placeholders(graph)
+    _note_unread_names(graph, model, ties)
     _keep_outputs(graph, signature)
     graph.eliminate_dead_code()
     tensors = {name: tensor.detach() for name, tensor in tensors.items()}
@@ -211,6 +214,31 @@ def _ties(model: nn.Module) -> dict[str, str]:
             key = (*start, parameter.shape, parameter.stride())
         ties[name] = first.setdefault(key, name)
     return ties
+
+
+def _note_unread_names(graph: fx.Graph, model: nn.Module, ties: Mapping[str, str]) -> None:
+    """Note at each tied parameter the names under which no node reads it: who reads those is not known.
+
+    A name belongs to the module that holds it. It is read where a node inside that module, under whichever of the
+    module's paths, reads the parameter; so both names of an embedding that is also the head are, and a bias that a
+    head keeps for its decoder is, but a layer that is never called keeps its own.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    shared = [name for name, count in Counter(ties.values()).items() if count > 1]
+    for node in graph.find_nodes(op="placeholder"):
+        if node.meta["kind"] == "parameter" and node.meta["tensor"] in shared:
+            inside = {id(modules.get(path)) for user in node.users for path in _paths(user.meta.get("where", ""))}
+            names = [name for name, canonical in ties.items() if canonical == node.meta["tensor"]]
+            unread = [name for name in names if id(modules[name.rpartition(".")[0]]) not in inside]
+            node.meta["unread"] = tuple(unread)
+
+
+def _paths(where: str) -> Iterator[str]:
+    """A module's path and those of all modules that it is in."""
+    yield ""
+    for end, letter in enumerate(where + "."):
+        if letter == ".":
+            yield where[:end]
 
 
 def _name_placeholder(node: fx.Node, exported, ties, tensors, values, input_names) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,11 +166,15 @@ def name_of(node: Any) -> str:
 
 
 def uses(graph: Graph) -> dict[str, set[fx.Node]]:
-    """For every parameter the nodes that read it, past anything computed from parameters alone."""
+    """For every parameter the nodes that read it, past anything computed from parameters alone.
+
+    Whoever reads it under a name that no node reads is not known, and cannot be changed: the graph's output stands
+    for them.
+    """
     known: dict[fx.Node, bool] = {}
     found: dict[str, set[fx.Node]] = {}
     for name, leaf in graph.placeholders("parameter").items():
-        found[name], todo = set(), [leaf]
+        found[name], todo = {graph.output} if leaf.meta.get("unread") else set(), [leaf]
         while todo:
             for user in todo.pop().users:
                 if user.op == "call_function" and is_constant(user, known):
@@ -177,6 +182,16 @@ def uses(graph: Graph) -> dict[str, set[fx.Node]]:
                 else:
                     found[name].add(user)
     return found
+
+
+def also_read(graph: Graph, parameter: str, others: Iterable[fx.Node]) -> str:
+    """Why a parameter cannot be rewritten that other nodes read too."""
+    unread = graph.placeholders("parameter")[parameter].meta.get("unread")
+    if unread:
+        return f"{parameter} is also known as {', '.join(unread)}, which nothing that was traced reads"
+    tied = [name for name in graph.names_of(parameter) if name != parameter]
+    also = f" (tied to {', '.join(tied)})" if tied else ""
+    return f"{parameter}{also} is also read by {name_of(min(others, key=lambda n: n.name))}"
 
 
 def times_read(node: fx.Node, parameter: str) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from taut.facts.contraction import contraction, line_along, name_of
+from taut.facts.contraction import also_read, contraction, line_along, name_of
 from taut.facts.gains import Gain, gain_of
 from taut.facts.moves import is_move, move
 from taut.graph import Graph, is_getitem, shape
@@ -158,6 +158,8 @@ class Means:
     def _above(self, node: fx.Node, axis: int, found: Stream) -> list[Source]:
         if node.op == "placeholder" and node.meta["kind"] == "parameter":
             found.writers[node.meta["tensor"]] = axis
+            if node.meta.get("unread"):
+                found.refused = found.refused or also_read(self.graph, node.meta["tensor"], [])
             return []
         sources = self.flow(node, axis)
         if sources is None:
@@ -187,9 +189,7 @@ class Means:
 
     def _also_read(self, node: fx.Node, user: fx.Node) -> str:
         if node.op == "placeholder":
-            tied = [name for name in self.graph.names_of(node.meta["tensor"]) if name != node.meta["tensor"]]
-            also = f" (tied to {', '.join(tied)})" if tied else ""
-            return f"{node.meta['tensor']}{also} is also read by {name_of(user)}"
+            return also_read(self.graph, node.meta["tensor"], [user])
         if user.op == "output":
             return f"the mean of {_said(node)} is an output of the model"
         return f"the mean of {_said(node)} is also read by {name_of(user)}"

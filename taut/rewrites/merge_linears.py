@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from taut.facts.contraction import name_of, uses
+from taut.facts.contraction import also_read, name_of, uses
 from taut.graph import Graph, shape
 from taut.ops.linear import linear
 from taut.rewrite import TAUT, Exactness, Form, Rewrite, Site
@@ -92,9 +92,7 @@ def _reason(graph: Graph, siblings: list[Any], parts: tuple[int, ...], used: dic
             name = node.meta["tensor"]
             outside = used[name] - {product}
             if outside:
-                tied = [other for other in graph.names_of(name) if other != name]
-                also = f" (tied to {', '.join(tied)})" if tied else ""
-                return f"{name}{also} is also read by {name_of(min(outside, key=lambda n: n.name))}"
+                return also_read(graph, name, outside)
         if len({graph.dtype_of(node.meta["tensor"]) for node in nodes}) > 1:
             return "their parameters have different dtypes"
     return None
