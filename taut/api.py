@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from taut.cost import Cost, costs
 from taut.graph import Graph
 from taut.lift import lift
+from taut.machine import Machine
+from taut.machine import choose as choose_machine
 from taut.plans import BadPlan, Plan, all_sites, make_plan
 from taut.proof import Evidence
 from taut.rewrite import Site
@@ -36,9 +39,13 @@ class Inspection:
     prior: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     graph: Graph | None = field(default=None, repr=False)
+    costs: list[Cost] = field(default_factory=list, repr=False)
+    machine: Machine | None = field(default=None, repr=False)
 
-    def as_dict(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k != "graph"}
+    def as_dict(self, ops: bool = False) -> dict[str, Any]:
+        shown = {k: v for k, v in vars(self).items() if k not in ("graph", "costs", "machine")}
+        cost = [found.as_dict(self.machine, ops) for found in self.costs]
+        return shown | {"machine": self.machine.name if self.machine else None, "cost": cost}
 
 
 @dataclass
@@ -69,25 +76,31 @@ def inspect(
     trust_remote_code: bool = False,
     untie: bool = False,
     dtype: str | None = None,
+    machine: str | None = None,
 ) -> Inspection:
     """Find every site of every rewrite, from shapes alone: a configuration without weights will do.
 
-    `dtype` is what bytes are counted in, by default the checkpoint's own. Raises BadInput for what is no model.
+    `dtype` is what bytes are counted in, by default the checkpoint's own. `machine` (see `taut machines`) is the one
+    whose floors are told, by default this one if it has been measured. Raises BadInput for what is no model.
     """
+    here = choose_machine(machine)
     if isinstance(model, nn.Module):
         from taut.module import graph_of
 
-        return _inspection(type(model).__name__, model, lift(graph_of(model, example, outputs)), _dtype(dtype))
+        graph = lift(graph_of(model, example, outputs))
+        return _inspection(type(model).__name__, model, graph, _dtype(dtype), here)
     from taut.opened import open_model
 
     opened = open_model(model, revision, trust_remote_code, untie, weights=False)
     graph = lift(opened.writable_graph(outputs))
-    found = _inspection(str(model), opened.meta, graph, _dtype(dtype) or opened.dtype)
+    found = _inspection(str(model), opened.meta, graph, _dtype(dtype) or opened.dtype, here)
     found.prior = opened.checkpoint.prior.marks | ({"taut": "rewritten"} if opened.checkpoint.prior.record else {})
     return found
 
 
-def _inspection(name: str, model: nn.Module, graph: Graph, dtype: torch.dtype | None) -> Inspection:
+def _inspection(
+    name: str, model: nn.Module, graph: Graph, dtype: torch.dtype | None, machine: Machine | None
+) -> Inspection:
     sites = all_sites(graph)
     sizes = {n: p if dtype is None else p.to("meta", dtype) for n, p in model.named_parameters()}
     folded = {p for rewrite, site in sites if rewrite == "fold_norm" and not site.refused for p in site.reads}
@@ -102,6 +115,8 @@ def _inspection(name: str, model: nn.Module, graph: Graph, dtype: torch.dtype | 
         idle_bytes=sum(p.nbytes for p in idle),
         outputs=list(graph.outputs),
         graph=graph,
+        costs=costs(graph, model, dtype),
+        machine=machine,
     )
 
 

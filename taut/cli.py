@@ -48,6 +48,7 @@ Dtype = Annotated[DtypeName | None, typer.Option(help="Check the proof in this d
 Outputs = Annotated[OutputsName, typer.Option(help="What keeps its values; logits gives up the hidden state.")]
 Only = Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this rewrite; may be repeated.")]
 Form = Annotated[FormName, typer.Option(help="stock loads in transformers without taut; taut may change structure.")]
+MachineName = Annotated[str | None, typer.Option("--machine", metavar="NAME", help="Floors on it; see `machines`.")]
 Untie = Annotated[bool, typer.Option("--untie", help="Give a tied head weights of its own.")]
 
 
@@ -64,6 +65,8 @@ def inspect(
     facts: Annotated[bool, typer.Option("--facts", help="What is known about every edge.")] = False,
     graph: Annotated[bool, typer.Option("--graph", help="Print the graph in the field's words.")] = False,
     everything: Annotated[bool, typer.Option("--all", help="List the sites of every rewrite.")] = False,
+    ops: Annotated[bool, typer.Option("--ops", help="The floor of every op, not only of every kind.")] = False,
+    machine: MachineName = None,
     outputs: Outputs = OutputsName.all,
     untie: Untie = False,
     revision: Revision = None,
@@ -83,8 +86,9 @@ def inspect(
             trust_remote_code=trust_remote_code,
             untie=untie,
             dtype=dtype.value if dtype else None,
+            machine=machine,
         )
-        _print(as_json, found.as_dict(), lambda: show.inspection(found, facts, graph, everything))
+        _print(as_json, found.as_dict(ops), lambda: show.inspection(found, facts, graph, everything, ops))
 
 
 @app.command()
@@ -199,6 +203,25 @@ def techniques(as_json: Json = False) -> None:
 
         rows = catalogue()
         _print(as_json, {"techniques": [row.as_dict() for row in rows]}, lambda: show.techniques(rows))
+
+
+@app.command()
+def machines(
+    measure: Annotated[bool, typer.Option("--measure", help="Measure this machine, and remember it.")] = False,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """List the machines whose data sheets taut knows, and this one if it has been measured."""
+    with _command(as_json, threads):
+        from dataclasses import asdict
+
+        from taut import machine, show_cost
+
+        with _progress() as progress:
+            here = machine.measure(lambda what: progress(what, 0, 1)) if measure else machine.measured()
+        known = {name: machine.load(name) for name in machine.names()}
+        record = {"this": asdict(here) if here else None, "machines": {name: asdict(m) for name, m in known.items()}}
+        _print(as_json, record, lambda: show_cost.machines(known, here))
 
 
 @app.command()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -120,6 +120,19 @@ class Cost:
             rows.append(Kind(kind, len(items), work, seconds, seconds / whole if whole else 0.0))
         return sorted(rows, key=lambda row: -row.seconds)
 
+    def as_dict(self, machine: Machine | None, ops: bool = False) -> dict[str, Any]:
+        """For JSON: work, and on a machine the floor, the sum of the calls' own floors, and the kinds of calls."""
+        asked = {"workload": self.workload.name, "batch": self.workload.batch, "length": self.workload.length}
+        shown = asked | {"context": self.workload.context, "calls": len(self.items), "flops": self.work.flops}
+        shown |= {"bytes": self.work.bytes, "fused_bytes": self.fused.bytes}
+        if machine is not None:
+            rows = [asdict(kind) for kind in self.kinds(machine)]
+            shown |= {"floor_s": self.floor(machine), "one_by_one_s": self.one_by_one(machine), "kinds": rows}
+        if ops:
+            timed = [(item, {} if machine is None else {"seconds": item.seconds(machine)}) for item in self.items]
+            shown["ops"] = [asdict(item) | extra for item, extra in timed]
+        return shown
+
 
 def least_time(machine: Machine, work: Work, dtype: str) -> float:
     """max(FLOPs / peak, bytes / bandwidth), in seconds."""
@@ -138,6 +151,12 @@ def cost(graph: Graph, workload: Workload, dtype: torch.dtype | None = None, dec
     `decodes` says that the model generates: no token looks at a later one, whatever its mask holds.
     """
     return _Count(graph, workload, dtype, decodes).count()
+
+
+def costs(graph: Graph, model: Any, dtype: torch.dtype | None = None) -> list[Cost]:
+    """What a model's graph costs at the workloads that suit it."""
+    step = decodes(model)
+    return [cost(graph, workload, dtype, step) for workload in workloads(graph, step)]
 
 
 def workloads(graph: Graph, decodes: bool) -> list[Workload]:

@@ -83,7 +83,30 @@ def load(name: str) -> Machine:
 
 def measured() -> Machine | None:
     """What `measure` found on this CPU earlier, with as many threads and the same torch; None if it has not run."""
-    return _from_json(_cache_file().read_text()) if _cache_file().exists() else None
+    try:
+        return _from_json(_cache_file().read_text())
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def choose(name: str | None) -> Machine | None:
+    """The machine that a user names; for None, this one if it has been measured.
+
+    `this`, or the CPU's own name, is this one. Raises BadInput for an unknown name.
+    """
+    from taut.checkpoint import BadInput
+
+    if name is None:
+        return measured()
+    if name in ("this", cpu_name()):
+        found = measured()
+        if found is None:
+            raise BadInput("this machine has not been measured", "run `taut machines --measure` once")
+        return found
+    try:
+        return load(name)
+    except ValueError as error:
+        raise BadInput(str(error), "name one of these, or `this` for the machine at hand") from error
 
 
 def measure(progress: Progress | None = None) -> Machine:

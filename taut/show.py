@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
+
+from taut import show_cost
+from taut.words import console, size, together
 
 if TYPE_CHECKING:
     from taut.api import Applied, Inspection
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
     from taut.rewrite import Rewrite
     from taut.techniques import Technique
 
-console = Console(highlight=False)
 LISTED = "fold_norm"
 """The rewrite whose sites `inspect` lists; of the others it gives the numbers, unless asked for all."""
 
@@ -44,57 +45,6 @@ def told(what: str | Inspection | Applied | Evidence) -> None:
         console.print(f"{_count(what.plan.applied, 'norm')} folded, written to {Path(what.out or '').name}/")
     else:
         evidence(what)
-
-
-def together(wheres: Iterable[str]) -> list[str]:
-    """Module paths, those that differ in one number only as one: `layers.{0..5}.norm`, or `norm (12 calls)`."""
-    wheres = list(wheres)
-    called_often = {where.split("#")[0] for where in wheres if "#" in where}
-    rows = []
-    for where in wheres:
-        parts = re.split(r"(\d+)", where if "#" in where or where not in called_often else f"{where}#1")
-        rows.append(tuple((int(part),) if i % 2 else part for i, part in enumerate(parts)))
-    for place in reversed(range(1, max(map(len, rows), default=0), 2)):
-        rows = _merged(rows, place)
-    return ["".join(part if isinstance(part, str) else _numbers(part) for part in row) for row in map(_calls, rows)]
-
-
-def _merged(rows: list[tuple], place: int) -> list[tuple]:
-    """Rows that differ in one place only become one row with all their numbers in that place."""
-    merged: dict[tuple, list[int]] = {}
-    for row in rows:
-        if place < len(row):
-            merged.setdefault((*row[:place], None, *row[place + 1 :]), []).extend(row[place])
-        else:
-            merged[row] = []
-    return [tuple(tuple(numbers) if part is None else part for part in row) for row, numbers in merged.items()]
-
-
-def _calls(row: tuple) -> tuple:
-    """`norm#{1..12}` is one module called twelve times."""
-    if len(row) < 3 or not str(row[-3]).endswith("#"):
-        return row
-    numbers = row[-2]
-    all_calls = numbers == tuple(range(1, len(numbers) + 1))
-    said = f"{len(numbers)} calls" if all_calls else f"call {_numbers(numbers)}"
-    return (*row[:-3], f"{str(row[-3]).removesuffix('#')} ({said})")
-
-
-def _numbers(numbers: Sequence[int]) -> str:
-    if len(numbers) == 1:
-        return str(numbers[0])
-    low, high = min(numbers), max(numbers)
-    if high - low + 1 == len(numbers):
-        return f"{{{low}..{high}}}"
-    return "{" + ",".join(map(str, sorted(numbers))) + "}"
-
-
-def size(count: float, unit: str = "B") -> str:
-    for prefix in ("", "k", "M", "G"):
-        if count < 999.5:
-            return f"{count:.3g} {prefix}{unit}".strip()
-        count /= 1000
-    return f"{count:.3g} T{unit}"
 
 
 def _count(number: int, thing: str) -> str:
@@ -131,13 +81,16 @@ def _verdict(word: str, wheres: Iterable[str], reason: str) -> None:
     console.print(Padding(grid, (0, 0, 0, 2)))
 
 
-def inspection(found: Inspection, facts: bool = False, graph: bool = False, everything: bool = False) -> None:
+def inspection(
+    found: Inspection, facts: bool = False, graph: bool = False, everything: bool = False, ops: bool = False
+) -> None:
     rows: list[Row] = [(site["rewrite"], site["where"], site["refused"]) for site in found.sites]
     listed = [row for row in rows if row[0] == LISTED]
     _summary(found, sum(row[2] is None for row in listed), len(listed))
     _sites(rows if everything else listed)
     if not everything:
         _others(rows)
+    show_cost.floors(found.costs, found.machine, ops)
     if found.graph is not None and (graph or facts):
         from taut.printing import columns, text
 

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
 
 from taut import machine
+from taut.checkpoint import BadInput
 from taut.machine import DATA_SHEET, MEASURED, Figure, Machine
 from taut.op import Work
 
@@ -66,3 +68,20 @@ def test_product_rates_are_measured_in_every_dtype():
     peaks = dict(machine._peaks(lambda _: None, side=64, seconds=0.0))
     assert set(peaks) == {"float64", "float32", "bfloat16", "float16", "int8"}
     assert all(dataclasses.asdict(f)["origin"] == MEASURED and f.value > 1e6 for f in peaks.values())
+
+
+def test_choosing_a_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert machine.choose(None) is None
+    assert machine.choose("h200-sxm") == machine.load("h200-sxm")
+    with pytest.raises(BadInput, match="has not been measured") as refused:
+        machine.choose("this")
+    assert "--measure" in refused.value.cure
+    with pytest.raises(BadInput, match="unknown machine 'abacus'"):
+        machine.choose("abacus")
+    here = Machine("c", "cpu", {"float32": Figure(1.0)}, {"memory": Figure(2.0)}, {}, Figure(3.0))
+    machine._cache_file().parent.mkdir(parents=True)
+    machine._cache_file().write_text(json.dumps(dataclasses.asdict(here)))
+    assert machine.choose(None) == machine.choose("this") == machine.choose(machine.cpu_name()) == here
+    machine._cache_file().write_text("{")
+    assert machine.choose(None) is None

@@ -1,0 +1,120 @@
+"""Floors, machines and prices, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+
+from taut.cost import Cost, Item, Kind
+from taut.machine import Machine
+from taut.words import console, duration, size, together
+
+LEAST_SHARE = 0.005
+"""Kinds of calls below this share of the whole are told as one."""
+
+
+def machines(known: Mapping[str, Machine], here: Machine | None) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("name", "machine"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("bandwidth", "bfloat16", "float32", "memory"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, machine in known.items():
+        table.add_row(name, machine.name, *_figures(machine))
+    if here is not None:
+        table.add_row("this", f"{here.name} (measured)", *_figures(here))
+    console.print(table)
+    if here is None:
+        console.print("\nThis machine has not been measured: taut machines --measure (about half a minute)")
+        return
+    console.print(f"\n[bold]this[/bold]: {escape(here.name)}, measured")
+    rows = [("bandwidth", here.bandwidths["memory"], "B/s"), ("a call", here.call, "s")]
+    rows += [(name, figure, "FLOP/s") for name, figure in here.peaks.items()]
+    grid = Table.grid(padding=(0, 2))
+    for name, figure, unit in rows:
+        if figure is not None:
+            value = duration(figure.value) if unit == "s" else size(figure.value, unit)
+            grid.add_row("", name, value, f"[dim]{escape(figure.source)}[/dim]")
+    console.print(grid)
+
+
+def _figures(machine: Machine) -> tuple[str, ...]:
+    peaks = [machine.peaks.get(name) for name in ("bfloat16", "float32")]
+    memory = machine.capacities.get("memory")
+    shown = [size(peak.value, "FLOP/s") if peak else "" for peak in peaks]
+    return size(machine.bandwidths["memory"].value, "B/s"), *shown, size(memory.value) if memory else ""
+
+
+def floors(costs: Sequence[Cost], machine: Machine | None, ops: bool = False) -> None:
+    """What each pass must take on a machine, and which calls take it."""
+    if machine is None:
+        told = "; ".join(f"{size(c.fused.bytes)} and {size(c.work.flops, 'FLOP')} a {_name(c)}" for c in costs)
+        console.print(f"\n{told}.\nHow long that takes: --machine NAME, or taut machines --measure.")
+        return
+    origin = machine.bandwidths["memory"].origin
+    console.print(f"\n[bold]floors[/bold] on {escape(machine.name)} ({origin}), batch 1")
+    for cost in costs:
+        _floor(cost, machine)
+        table = _ops(cost, machine) if ops else _kinds(cost.kinds(machine))
+        console.print(Padding(table, (0, 0, 0, 2)))
+
+
+def _name(cost: Cost) -> str:
+    step = cost.workload
+    if step.name == "decode":
+        return "decode step"
+    return step.name if step.length is None else f"{step.name} of {step.length}"
+
+
+def _floor(cost: Cost, machine: Machine) -> None:
+    context = f" behind {cost.workload.context} tokens" if cost.workload.context else ""
+    need = f"{size(cost.fused.bytes)}, {size(cost.work.flops, 'FLOP')}"
+    console.print(f"\n{_name(cost)}{context}: floor [bold]{duration(cost.floor(machine))}[/bold] ({need})")
+    apart = f"{duration(cost.one_by_one(machine))} in {len(cost.items)} calls, each from memory to memory:"
+    console.print(f"[dim]{apart}[/dim]")
+
+
+def _kinds(kinds: list[Kind]) -> Table:
+    grid = _grid()
+    large = [kind for kind in kinds if kind.share >= LEAST_SHARE]
+    small = kinds[len(large) :]
+    if len(small) == 1:
+        large, small = kinds, []
+    for kind in large:
+        _row(grid, kind.kind, kind.calls, kind.work.bytes, kind.work.flops, kind.seconds, kind.share)
+    if small:
+        calls, bytes, flops, seconds, share = (
+            sum(parts)
+            for parts in zip(*((k.calls, k.work.bytes, k.work.flops, k.seconds, k.share) for k in small), strict=True)
+        )
+        _row(grid, f"{len(small)} others", calls, bytes, flops, seconds, share)
+    return grid
+
+
+def _ops(cost: Cost, machine: Machine) -> Table:
+    """Calls that are alike but for the layer they stand in are one row."""
+    whole, grid = cost.one_by_one(machine), _grid()
+    alike: dict[tuple, list[Item]] = {}
+    for item in cost.items:
+        alike.setdefault((item.kind, item.work, item.where.rpartition(".")[2]), []).append(item)
+    for (kind, work, _), items in sorted(alike.items(), key=lambda row: -sum(i.seconds(machine) for i in row[1])):
+        n, seconds = len(items), sum(item.seconds(machine) for item in items)
+        places = ", ".join(together(dict.fromkeys(item.where for item in items)))
+        label = f"{kind} [dim]{escape(places)}[/dim]"
+        _row(grid, label, n, n * work.bytes, n * work.flops, seconds, seconds / whole if whole else 0)
+    return grid
+
+
+def _grid() -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(overflow="fold")
+    for _ in range(5):
+        grid.add_column(justify="right", no_wrap=True)
+    return grid
+
+
+def _row(grid: Table, label: str, calls: int, bytes: float, flops: float, seconds: float, share: float) -> None:
+    grid.add_row(label, f"{calls}x", size(bytes), size(flops, "FLOP"), duration(seconds), f"{share:.1%}")
