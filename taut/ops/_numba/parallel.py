@@ -28,7 +28,12 @@ def _openmp() -> bool:
 HAS_OPENMP = _openmp()
 
 
-def shared(body):
+def together(body):
+    """`shared` for parts that wait for each other: every part has a thread of its own, so they may be fewer."""
+    return shared(body, together=True)
+
+
+def shared(body, together: bool = False):
     """share(parts, arguments), which runs body(part, parts, *arguments) for every part."""
 
     @intrinsic
@@ -45,25 +50,29 @@ def shared(body):
                     place = [ir.Constant(WORD, 0), parts, *cgutils.unpack_tuple(builder, values)]
                     context.call_internal_no_propagate(builder, compiled.fndesc, signature, place)
                 with everywhere:
-                    _launch(context, builder, parts, values, compiled, signature)
+                    _launch(context, builder, parts, values, compiled, signature, together)
 
         return types.void(types.int64, arguments), generate
 
     return share
 
 
-def _launch(context, builder, parts, values, compiled, signature):
+def _launch(context, builder, parts, values, compiled, signature, together):
     """Start a team on the outlined function."""
     packed = cgutils.make_anonymous_struct(builder, [values, parts])
-    outlined = _outline(context, builder.module, f"{builder.function.name}.team", packed.type, compiled, signature)
+    name = f"{builder.function.name}.team"
+    outlined = _outline(context, builder.module, name, packed.type, compiled, signature, together)
     kind = ir.FunctionType(ir.VoidType(), [outlined.type, PLACE, INT32, INT32])
     launch = cgutils.get_or_insert_function(builder.module, kind, "taut_GOMP_parallel")
     data = builder.bitcast(cgutils.alloca_once_value(builder, packed), PLACE)
     builder.call(launch, [outlined, data, builder.trunc(parts, INT32), ir.Constant(INT32, 0)])
 
 
-def _outline(context, module, name, packed, compiled, signature):
-    """What each thread runs: every so many parts, since a nested team may be smaller than was asked for."""
+def _outline(context, module, name, packed, compiled, signature, together):
+    """What each thread runs: every so many parts, since a nested team may be smaller than was asked for.
+
+    `together` makes the team's size the number of parts instead.
+    """
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [PLACE]), module.get_unique_name(name))
     function.linkage = "internal"
     builder = ir.IRBuilder(function.append_basic_block())
@@ -74,6 +83,7 @@ def _outline(context, module, name, packed, compiled, signature):
     )
     whole = builder.load(builder.bitcast(function.args[0], packed.as_pointer()))
     parts, values = builder.extract_value(whole, 1), cgutils.unpack_tuple(builder, builder.extract_value(whole, 0))
+    parts = team if together else parts
     with cgutils.for_range_slice(builder, number, parts, team, WORD) as (part, _):
         context.call_internal_no_propagate(builder, compiled.fndesc, signature, [part, parts, *values])
     builder.ret_void()

@@ -1,0 +1,181 @@
+"""The steps that know nothing of positions: norms, linear layers, sums."""
+
+from __future__ import annotations
+
+import math
+
+import numba as nb
+import numpy as np
+from numba import njit
+
+from taut.ops._numba.products import activate
+from taut.ops._numba.rows import products, share_of
+from taut.ops._numba.scalar import JIT, array, span, tanh
+from taut.runtime._numba.table import CENTRED, PLAIN
+
+BLOCK = 64
+"""Rows of a weight whose products a thread holds before it finishes them."""
+
+
+@njit(**JIT)
+def floats(address, count):
+    return array(address, count, np.float32(0))
+
+
+@njit(**JIT)
+def statistics(x, k, norm, eps):
+    """(what is to be taken off x, what it is then to be multiplied by)"""
+    mean, squares = nb.float32(0), nb.float32(0)
+    if norm == PLAIN:
+        return mean, nb.float32(1)
+    if norm == CENTRED:
+        for i in range(k):
+            mean += x[i]
+        mean /= nb.float32(k)
+    for i in range(k):
+        value = x[i] - mean
+        squares += value * value
+    return mean, nb.float32(1) / math.sqrt(squares / nb.float32(k) + nb.float32(eps))
+
+
+@njit(**JIT)
+def scaled(x, to, first, last, mean, alpha, gain, bias):
+    """to = (x - mean) alpha gain + bias, for the features from first to last"""
+    for i in range(first, last):
+        to[i] = (x[i] - mean) * alpha
+    if gain:
+        gains = floats(gain, last)
+        for i in range(first, last):
+            to[i] *= gains[i]
+    if bias:
+        biases = floats(bias, last)
+        for i in range(first, last):
+            to[i] += biases[i]
+
+
+@njit(**JIT)
+def gather(p, rows, scratch, padded):
+    """Copy the normed input into scratch, padded with zeros; the divisions are put off and lie behind it."""
+    k, factors = p.k, floats(scratch + 4 * padded * rows, rows)
+    for t in range(rows):
+        x, to = floats(p.x + t * p.x_stride, k), floats(scratch + 4 * padded * t, padded)
+        mean, alpha = statistics(x, k, p.norm, p.eps)
+        now = alpha if p.norm_bias else nb.float32(1)
+        scaled(x, to, 0, k, mean, now, p.gain, p.norm_bias)
+        factors[t] = nb.float32(1) if p.norm_bias else alpha
+        for i in range(k, padded):
+            to[i] = 0
+    return factors
+
+
+@njit(**JIT)
+def activated(row, act):
+    """The activation of a whole row; one loop an activation, so that each is a loop of vectors."""
+    if act == 1:
+        for i in range(len(row)):
+            row[i] = activate(row[i], 1)
+    elif act == 2:
+        for i in range(len(row)):
+            row[i] = activate(row[i], 2)
+    elif act == 3:
+        for i in range(len(row)):
+            row[i] = activate(row[i], 3)
+    elif act:
+        for i in range(len(row)):
+            row[i] = activate(row[i], act)
+
+
+@njit(**JIT)
+def shifted(row, factor, bias, first):
+    """row = row factor + bias"""
+    for i in range(len(row)):
+        row[i] *= factor
+    if bias:
+        biases = floats(bias + 4 * first, len(row))
+        for i in range(len(row)):
+            row[i] += biases[i]
+
+
+@njit(**JIT)
+def finished(p, row, t, first):
+    """softcap(activation(row) scale) + residual, into the output"""
+    activated(row, p.act)
+    scale, cap = nb.float32(p.scale), nb.float32(p.cap)
+    to = floats(p.out + t * p.out_stride + 4 * first, len(row))
+    if cap > 0:
+        for i in range(len(row)):
+            to[i] = cap * tanh(row[i] * scale / cap)
+    else:
+        for i in range(len(row)):
+            to[i] = row[i] * scale
+    if p.residual:
+        added = floats(p.residual + t * p.residual_stride + 4 * first, len(row))
+        for i in range(len(row)):
+            to[i] += added[i]
+
+
+@njit(**JIT)
+def linear(p, rows, scratch, part, parts):
+    padded = (p.k + 15) // 16 * 16
+    factors = gather(p, rows, scratch, padded)
+    out = scratch + 4 * (padded + 1) * rows
+    begin, end = share_of(p.n, part, parts)
+    for first in range(begin, end, BLOCK):
+        last = min(first + BLOCK, end)
+        products(p.form, p.w, p.s, scratch, 4 * padded, rows, p.k, first, last, out, 4 * BLOCK)
+        for t in range(rows):
+            row = floats(out + 4 * BLOCK * t, last - first)
+            shifted(row, factors[t], p.bias, first)
+            finished(p, row, t, first)
+
+
+@njit(**JIT)
+def glu(p, rows, scratch, part, parts):
+    padded = (p.k + 15) // 16 * 16
+    factors = gather(p, rows, scratch, padded)
+    gate = scratch + 4 * (padded + 1) * rows
+    up = gate + 4 * BLOCK * rows
+    begin, end = share_of(p.n, part, parts)
+    for first in range(begin, end, BLOCK):
+        last = min(first + BLOCK, end)
+        products(p.form, p.w, p.s, scratch, 4 * padded, rows, p.k, first, last, gate, 4 * BLOCK)
+        products(p.form2, p.w2, p.s2, scratch, 4 * padded, rows, p.k, first, last, up, 4 * BLOCK)
+        for t in range(rows):
+            a, b = floats(gate + 4 * BLOCK * t, last - first), floats(up + 4 * BLOCK * t, last - first)
+            shifted(a, factors[t], p.bias, first)
+            shifted(b, factors[t], p.bias2, first)
+            activated(a, p.act)
+            to = floats(p.out + t * p.out_stride + 4 * first, last - first)
+            for i in range(last - first):
+                to[i] = a[i] * b[i]
+
+
+@njit(**JIT)
+def normalize(p, rows, part, parts):
+    first, last = span(p.k, part, parts)
+    for t in range(rows):
+        x, to = floats(p.x + t * p.x_stride, p.k), floats(p.out + t * p.out_stride, p.k)
+        mean, alpha = statistics(x, p.k, p.norm, p.eps)
+        scaled(x, to, first, last, mean, alpha, p.gain, p.norm_bias)
+        if p.residual:
+            added = floats(p.residual + t * p.residual_stride, p.k)
+            for i in range(first, last):
+                to[i] += added[i]
+
+
+@njit(**JIT)
+def combine(p, rows, part, parts):
+    first, last = span(p.n, part, parts)
+    scale, b_scale = nb.float32(p.scale), nb.float32(p.b_scale)
+    for t in range(rows):
+        a, to = floats(p.x + t * p.x_stride, p.n), floats(p.out + t * p.out_stride, p.n)
+        b = floats(p.b + t * p.b_stride, p.n)
+        if p.b and p.product:
+            for i in range(first, last):
+                to[i] = a[i] * scale * b[i]
+        elif p.b:
+            for i in range(first, last):
+                to[i] = a[i] * scale + b[i] * b_scale
+        else:
+            for i in range(first, last):
+                to[i] = a[i] * scale

@@ -1,0 +1,105 @@
+"""Runs a segment of a program: one parallel region, in which threads wait for each other only where a step needs it."""
+
+from __future__ import annotations
+
+import platform
+
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+
+from taut.ops._numba.parallel import together
+from taut.ops._numba.scalar import JIT, intrinsic
+from taut.runtime._numba.dense import combine, glu, linear, normalize
+from taut.runtime._numba.place import attend, embed, merge_chunks, turn
+from taut.runtime._numba.table import ATTEND, COMBINE, EMBED, GLU, LINEAR, MERGE, NORMALIZE, TURN
+
+WORD = ir.IntType(64)
+PAUSE = {"x86_64": "llvm.x86.sse2.pause", "AMD64": "llvm.x86.sse2.pause"}.get(platform.machine())
+PATIENCE = 20000
+"""Rounds of waiting after which the processor is offered to others."""
+
+give_way = types.ExternalFunction("sched_yield", types.int32())
+
+
+@intrinsic
+def arrive(_typing, counter):
+    """Add one to the counter at an address."""
+
+    def generate(_context, builder, _signature, args):
+        place = builder.inttoptr(args[0], WORD.as_pointer())
+        return builder.atomic_rmw("add", place, ir.Constant(WORD, 1), "acq_rel")
+
+    return types.int64(counter), generate
+
+
+@intrinsic
+def arrived(_typing, counter):
+    """The counter at an address; what others wrote before they arrived is then visible."""
+
+    def generate(_context, builder, _signature, args):
+        return builder.load_atomic(builder.inttoptr(args[0], WORD.as_pointer()), "acquire", 8)
+
+    return types.int64(counter), generate
+
+
+@intrinsic
+def pause(_typing):
+    """Tell the processor that this thread only waits, where there is an instruction for it."""
+
+    def generate(context, builder, _signature, _args):
+        if PAUSE:
+            builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), []), PAUSE), [])
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@njit(**JIT)
+def wait_for(counter, count):
+    rounds = 0
+    arrive(counter)
+    while arrived(counter) < count:
+        pause()
+        rounds += 1
+        if rounds > PATIENCE:
+            give_way()
+
+
+@njit(**JIT)
+def play(part, parts, steps, attends, first, last, rows, tokens, positions, slots, scratch, stride, counter):
+    """The part-th share of the steps from first to last."""
+    mine, waits = scratch + part * stride, 0
+    for s in range(first, last):
+        p = steps[s]
+        a = attends[p.attend]
+        if p.wait and parts > 1:
+            waits += 1
+            wait_for(counter, waits * parts)
+        if p.code == LINEAR:
+            linear(p, rows, mine, part, parts)
+        elif p.code == GLU:
+            glu(p, rows, mine, part, parts)
+        elif p.code == TURN:
+            turn(a, rows, positions, slots, mine, part, parts)
+        elif p.code == ATTEND:
+            attend(a, rows, positions, slots, mine, part, parts)
+        elif p.code == MERGE:
+            merge_chunks(p, a, rows, positions, part, parts)
+        elif p.code == NORMALIZE:
+            normalize(p, rows, part, parts)
+        elif p.code == COMBINE:
+            combine(p, rows, part, parts)
+        elif p.code == EMBED:
+            embed(p, rows, tokens, positions, part, parts)
+
+
+play_together = together(play)
+
+
+@njit(**JIT)
+def run(steps, attends, first, last, rows, tokens, positions, slots, scratch, stride, counter, parts):
+    """Run the steps from first to last on `rows` rows by a team of `parts` threads."""
+    counter[0] = 0
+    arguments = (steps, attends, first, last, rows, tokens, positions, slots, scratch, stride, counter.ctypes.data)
+    play_together(parts, arguments)

@@ -1,0 +1,183 @@
+"""The steps that depend on the token or its position: embedding, rotation and cache, attention."""
+
+from __future__ import annotations
+
+import numba as nb
+import numpy as np
+from numba import njit
+
+from taut.ops._numba.decode import HIDDEN, chunk, merge
+from taut.ops._numba.rows import BFLOAT16, FLOAT16, FLOAT32, INT4_HALF, INT8
+from taut.ops._numba.scalar import JIT, array, down, span, up
+from taut.runtime._numba.dense import floats, scaled, statistics
+
+LEAST_CHUNK, MOST_CHUNKS = 32, 32
+
+
+@njit(**JIT)
+def stored(form, w, s, row, k, i):
+    """Entry i of a row of a weight of k columns."""
+    if form == FLOAT32:
+        return array(w + 4 * row * k, k, np.float32(0))[i]
+    if form == BFLOAT16:
+        return up(array(w + 2 * row * k, k, np.uint16(0))[i])
+    if form == FLOAT16:
+        return up(array(w + 2 * row * k, k, np.int16(0))[i])
+    if form == INT8:
+        return up(array(w + row * k, k, np.int8(0))[i]) * floats(s, row + 1)[row]
+    byte = array(w + row * (k // 2), k // 2, np.uint8(0))[i // 32 * 16 + i % 16]
+    code = nb.float32(byte >> 4 if i % 32 >= 16 else byte & 15) - nb.float32(8)
+    place = row * (k // 32) + i // 32
+    if form == INT4_HALF:
+        return code * up(array(s, place + 1, np.int16(0))[place])
+    return code * floats(s, place + 1)[place]
+
+
+@njit(**JIT)
+def embed(p, rows, tokens, positions, part, parts):
+    first, last = span(p.n, part, parts)
+    for t in range(rows):
+        to = floats(p.out + t * p.out_stride, p.n)
+        for i in range(first, last):
+            to[i] = stored(p.form, p.w, p.s, tokens[t], p.n, i) * nb.float32(p.scale) if p.w else nb.float32(0)
+        if p.w2:
+            for i in range(first, last):
+                to[i] += stored(p.form2, p.w2, p.s2, positions[t] + p.offset, p.n, i)
+
+
+@njit(**JIT)
+def rotated(a, x, d, position):
+    """Turn the first features of a head in place."""
+    if not a.half:
+        return
+    cos, sin = floats(a.cos + 4 * position * a.half, a.half), floats(a.sin + 4 * position * a.half, a.half)
+    for i in range(a.half):
+        left, right = (2 * i, 2 * i + 1) if a.interleaved else (i, i + a.half)
+        u, v = x[left], x[right]
+        x[left] = u * cos[i] - v * sin[i]
+        x[right] = v * cos[i] + u * sin[i]
+
+
+@njit(**JIT)
+def turned(a, source, to, d, norm, eps, gain, bias, position):
+    """to = the head at an address, normed and turned."""
+    x = floats(source, d)
+    mean, alpha = statistics(x, d, norm, eps)
+    scaled(x, to, 0, d, mean, alpha, gain, bias)
+    rotated(a, to, d, position)
+
+
+@njit(**JIT)
+def append(source, to, tag):
+    for i in range(len(to)):
+        to[i] = down(source[i], tag)
+
+
+@njit(**JIT)
+def append_as(cache_tag, source, address, count):
+    """Write float32 values into a cache."""
+    if cache_tag == FLOAT32:
+        append(source, array(address, count, np.float32(0)), np.float32(0))
+    elif cache_tag == BFLOAT16:
+        append(source, array(address, count, np.uint16(0)), np.uint16(0))
+    else:
+        append(source, array(address, count, np.int16(0)), np.int16(0))
+
+
+@njit(**JIT)
+def turn(a, rows, positions, slots, scratch, part, parts):
+    """Norm and turn the queries and scale them, norm and turn the keys and append them, append the values."""
+    size, kv_heads = 4 if a.cache_tag == FLOAT32 else 2, a.kv_heads if a.k else 0
+    each = a.heads + 2 * kv_heads
+    first, last = span(rows * each, part, parts)
+    scale, room = nb.float32(a.scale), floats(scratch, a.d)
+    for piece in range(first, last):
+        t, h = piece // each, piece % each
+        position, slot = positions[t], slots[t]
+        if h < a.heads:
+            to = floats(a.turned + t * a.turned_stride + 4 * h * a.d, a.d)
+            turned(a, a.q + t * a.q_stride + 4 * h * a.d, to, a.d, a.q_norm, a.q_eps, a.q_gain, a.q_bias, position)
+            for i in range(a.d):
+                to[i] *= scale
+        elif h < a.heads + kv_heads:
+            h -= a.heads
+            turned(a, a.k + t * a.k_stride + 4 * h * a.d, room, a.d, a.k_norm, a.k_eps, a.k_gain, a.k_bias, position)
+            place = a.keys + slot * a.keys_slot + h * a.keys_head + position * a.d * size
+            append_as(a.cache_tag, room, place, a.d)
+        else:
+            h -= a.heads + kv_heads
+            place = a.values + slot * a.values_slot + h * a.values_head + position * a.dv * size
+            append_as(a.cache_tag, floats(a.v + t * a.v_stride + 4 * h * a.dv, a.dv), place, a.dv)
+
+
+@njit(**JIT)
+def keys_a_chunk(keys):
+    """How many keys a chunk of so many holds."""
+    return max((keys + MOST_CHUNKS * 16 - 1) // (MOST_CHUNKS * 16) * 16, LEAST_CHUNK)
+
+
+@njit(**JIT)
+def chunks_of(a, position):
+    """(first visible key, keys a chunk, chunks) of a row, whatever else is in the batch."""
+    lowest = array(a.first, position + 1, np.int64(0))[position] if a.first else 0
+    keys = position + 1 - lowest
+    step = keys_a_chunk(keys)
+    return lowest, step, (keys + step - 1) // step
+
+
+@njit(**JIT)
+def attend_chunk(a, t, kv, c, lowest, step, position, slot, scratch, tag):
+    group, place = a.heads // a.kv_heads, t * a.heads + kv * (a.heads // a.kv_heads)
+    first, size = lowest + c * step, array(a.keys, 1, tag).itemsize
+    last = min(first + step, position + 1)
+    scores = array(scratch, (group, step), np.float32(0))
+    peaks = floats(scratch + 4 * group * step, group)
+    totals = floats(scratch + 4 * group * (step + 1), group)
+    sums = array(scratch + 4 * group * (step + 2), (group, a.dv), np.float32(0))
+    q = a.turned + t * a.turned_stride + 4 * kv * group * a.d
+    k, v = a.keys + slot * a.keys_slot + kv * a.keys_head, a.values + slot * a.values_slot + kv * a.values_head
+    chunk(q, group, a.d, k, a.d * size, v, a.dv * size, a.dv, position + 1, first, last, nb.float32(a.cap),
+          a.alibi, kv * group, 0, 0, False, scores, peaks, totals, sums, tag, np.uint8(0))  # fmt: skip
+    for h in range(group):
+        at = (place + h) * a.chunks + c
+        floats(a.peaks + 4 * at, 1)[0] = peaks[h]
+        floats(a.totals + 4 * at, 1)[0] = totals[h]
+        to = floats(a.sums + 4 * at * a.dv, a.dv)
+        for i in range(a.dv):
+            to[i] = sums[h, i]
+
+
+@njit(**JIT)
+def attend(a, rows, positions, slots, scratch, part, parts):
+    """The chunks of keys of all heads of all rows, shared evenly among the threads."""
+    pieces = 0
+    for t in range(rows):
+        pieces += a.kv_heads * chunks_of(a, positions[t])[2]
+    begin, end = span(pieces, part, parts)
+    before = 0
+    for t in range(rows):
+        lowest, step, chunks = chunks_of(a, positions[t])
+        mine = range(max(begin - before, 0), min(end - before, a.kv_heads * chunks))
+        for piece in mine:
+            kv, c = piece // chunks, piece % chunks
+            if a.cache_tag == FLOAT32:
+                attend_chunk(a, t, kv, c, lowest, step, positions[t], slots[t], scratch, np.float32(0))
+            elif a.cache_tag == BFLOAT16:
+                attend_chunk(a, t, kv, c, lowest, step, positions[t], slots[t], scratch, np.uint16(0))
+            else:
+                attend_chunk(a, t, kv, c, lowest, step, positions[t], slots[t], scratch, np.int16(0))
+        before += a.kv_heads * chunks
+
+
+@njit(**JIT)
+def merge_chunks(p, a, rows, positions, part, parts):
+    """The softmax over all chunks of every head."""
+    first, last = span(rows * a.heads, part, parts)
+    sinks = floats(a.sinks, a.heads)
+    for piece in range(first, last):
+        t, h = piece // a.heads, piece % a.heads
+        chunks = chunks_of(a, positions[t])[2]
+        peaks, totals = floats(a.peaks + 4 * piece * a.chunks, chunks), floats(a.totals + 4 * piece * a.chunks, chunks)
+        sums = array(a.sums + 4 * piece * a.chunks * a.dv, (chunks, a.dv), np.float32(0))
+        to = floats(p.out + t * p.out_stride + 4 * h * a.dv, a.dv)
+        merge(peaks, totals, sums, sinks[h] if a.sinks else HIDDEN, to, np.float32(0))

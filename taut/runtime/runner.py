@@ -1,0 +1,139 @@
+"""Run a decode program on a CPU: the interpreter's segments, and torch in between where a step has no other word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from taut.checkpoint.errors import BadInput
+from taut.op import nbytes
+from taut.runtime._numba.interpreter import run
+from taut.runtime.packing import Packer, Segment
+from taut.runtime.steps import Attend, Embed, Glu, Linear, Program, Torch, View, Weight
+
+CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Runner:
+    """A program with its caches and its memory, for at most `max_batch` rows at once.
+
+    `caches` holds (keys, values) of every cache layer, (max_batch slots, kv_heads, max_length, d) each, of
+    `cache_dtype`: float32, bfloat16 or float16; by default float32. It uses as many threads as torch does when it is
+    built. `stepwise` runs one step after the other instead of all in one go, for looking at `buffers` in between.
+    Raises BadInput where the caches do not fit into memory.
+    """
+
+    def __init__(
+        self, program: Program, max_batch: int = 1, cache_dtype: torch.dtype | None = None, stepwise: bool = False
+    ):
+        if max_batch < 1:
+            raise BadInput(f"a batch of {max_batch}", "take at least 1")
+        self.program, self.max_batch, self.threads = program, max_batch, torch.get_num_threads()
+        self.caches = make_caches(program, max_batch, cache_dtype or torch.float32)
+        self.packed = Packer(program, max_batch, self.caches).pack(stepwise)
+        self.buffers = self.packed.buffers
+        self.logits = self.buffers[program.logits]
+        self.vocabulary = vocabulary(program)
+        self.scratch = torch.empty(self.threads, self.packed.scratch)
+        self.counter = np.zeros(1, np.int64)
+        self.rows = np.zeros((3, max_batch), np.int64)
+
+    def run(self, tokens: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
+        """Float32 logits (rows, vocabulary), which the next run overwrites.
+
+        Row i puts `tokens[i]` at `positions[i]` of the sequence in slot `slots[i]`; all three are int64 (rows,). Rows
+        of one slot may stand at successive positions. Raises BadInput for what lies outside of the program's bounds.
+        """
+        rows = self._take(tokens, positions, slots)
+        for segment in self.packed.segments:
+            if isinstance(segment, Segment):
+                self._play(segment, rows)
+            else:
+                self._torch(segment, rows)
+        return self.logits[:rows]
+
+    def write(self, layer: int, slot: int, start: int, keys: Tensor, values: Tensor) -> None:
+        """Put keys (kv_heads, n, d) and values (kv_heads, n, dv) of positions from `start` on into a slot."""
+        for cache, new in zip(self.caches[layer], (keys, values), strict=True):
+            cache[slot, :, start : start + new.shape[1]] = new
+
+    def bytes_a_token(self, positions: list[int]) -> int:
+        """Bytes of weights and caches that a run of rows at these positions must read."""
+        steps, total = self.program.steps, 0
+        for step in steps:
+            match step:
+                case Linear():
+                    total += weight_bytes(step.weight)
+                case Glu():
+                    total += weight_bytes(step.gate) + weight_bytes(step.up)
+                case Embed(table=Weight() as entries):
+                    total += len(positions) * weight_bytes(entries) // len(entries.data)
+                case Attend():
+                    size = self.caches[step.layer][0].itemsize * step.kv_heads * (step.d + step.dv)
+                    total += size * sum(keys_seen(step, position) for position in positions)
+        return total
+
+    def _take(self, tokens: Tensor, positions: Tensor, slots: Tensor) -> int:
+        rows = len(tokens)
+        if not 1 <= rows <= self.max_batch:
+            raise BadInput(f"{rows} rows, where 1 to {self.max_batch} fit", "split them, or ask for a larger max_batch")
+        limits = self.vocabulary, self.program.max_length, self.max_batch
+        for i, (name, values) in enumerate((("token", tokens), ("position", positions), ("slot", slots))):
+            self.rows[i, :rows] = values
+            self._check(name, self.rows[i, :rows].tolist(), limits[i])
+        return rows
+
+    def _check(self, name: str, values: list[int], limit: int | None) -> None:
+        for value in values:
+            if value < 0 or (limit is not None and value >= limit):
+                raise BadInput(f"{name} {value}, where 0 to {(limit or 0) - 1} are known")
+
+    def _play(self, segment: Segment, rows: int) -> None:
+        packed, (tokens, positions, slots) = self.packed, self.rows
+        stride, place = 4 * self.scratch.stride(0), self.scratch.data_ptr()
+        bounds = segment.first, segment.last, rows
+        run(packed.steps, packed.attends, *bounds, tokens, positions, slots, place, stride, self.counter, self.threads)
+
+    def _torch(self, step: Torch, rows: int) -> None:
+        found = step.run(*(self._view(view, rows) for view in step.inputs))
+        for name, value in zip(step.outs, found, strict=True):
+            self.buffers[name][:rows] = value
+
+    def _view(self, view: View, rows: int) -> Tensor:
+        return self.buffers[view.buffer][:rows, view.start : view.stop]
+
+
+def make_caches(program: Program, slots: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """(keys, values) of every cache layer. Raises BadInput for another dtype, or before taking more than is free."""
+    if dtype not in CACHE_DTYPES:
+        raise BadInput(f"a cache in {dtype}", "take float32, bfloat16 or float16")
+    need = slots * program.max_length * dtype.itemsize * sum(heads * (d + dv) for heads, d, dv in program.caches)
+    free = free_memory()
+    if free is not None and need > free:
+        cause = f"the caches take {need / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
+        raise BadInput(cause, "take a smaller max_length, max_batch or cache dtype")
+    made = lambda heads, size: torch.empty(slots, heads, program.max_length, size, dtype=dtype)  # noqa: E731
+    return [(made(heads, d), made(heads, dv)) for heads, d, dv in program.caches]
+
+
+def free_memory() -> int | None:
+    """Bytes that can be had without swapping; None where the system does not tell."""
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+
+
+def vocabulary(program: Program) -> int | None:
+    """How many tokens the program knows."""
+    return min((len(s.table.data) for s in program.steps if isinstance(s, Embed) and s.table is not None), default=None)
+
+
+def weight_bytes(weight: Weight) -> int:
+    return nbytes(weight.data, weight.scale)
+
+
+def keys_seen(step: Attend, position: int) -> int:
+    return position + 1 - (0 if step.first is None else int(step.first[position]))
