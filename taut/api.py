@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from taut.checkpoint import BadInput
 from taut.cost import Cost, costs
 from taut.graph import Graph
 from taut.lift import lift
-from taut.machine import Machine
+from taut.machine import Machine, measured
 from taut.machine import choose as choose_machine
 from taut.plans import BadPlan, Plan, all_sites, make_plan
 from taut.proof import Evidence
@@ -135,16 +136,36 @@ def plan(
     revision: str | None = None,
     trust_remote_code: bool = False,
     untie: bool = False,
+    machine: str | None = None,
+    measure: bool = False,
+    progress: Progress | None = None,
 ) -> Plan:
-    """The plan that `apply` would follow. Raises BadInput or BadPlan."""
+    """The plan that `apply` would follow, with what each step saves on a machine, by default this one if measured.
+
+    With `measure` each step is timed on this machine, and those that are slower are left out. Raises BadInput or
+    BadPlan.
+    """
+    here = choose_machine("this" if measure and machine is None else machine)
+    if measure and here != measured():
+        raise BadInput(f"{machine} is not the machine at hand", "leave out --machine, or --measure")
     if isinstance(model, nn.Module):
-        from taut.module import graph_of
+        from taut.module import graph_of, inputs_of
 
-        return make_plan(lift(graph_of(model, example, outputs)), form, only, outputs)
-    from taut.opened import open_model
+        inside, dtype, graph = model, None, lift(graph_of(model, example, outputs))
+        runnable = lambda: (graph, inputs_of(model, example))  # noqa: E731
+    else:
+        from taut.opened import open_model
 
-    opened = open_model(model, revision, trust_remote_code, untie, weights=False)
-    return make_plan(lift(opened.writable_graph(outputs)), form, only, outputs)
+        opened = open_model(model, revision, trust_remote_code, untie, weights=measure)
+        inside, dtype, graph = opened.meta, opened.dtype, lift(opened.writable_graph(outputs))
+        runnable = lambda: (lift(opened.full_graph(outputs)), opened.inputs())  # noqa: E731
+    made = make_plan(graph, form, only, outputs)
+    if here is None:
+        return made
+    from taut import prices
+
+    made = prices.predict(graph, made, here, inside, dtype)
+    return prices.keep_what_pays(*runnable(), made, progress) if measure else made
 
 
 def apply(

@@ -98,6 +98,8 @@ def plan(
     only: Only = None,
     outputs: Outputs = OutputsName.all,
     untie: Untie = False,
+    machine: MachineName = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Time each step here; leave out what is slower.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the plan here.")] = None,
     revision: Revision = None,
     trust_remote_code: Remote = False,
@@ -109,15 +111,19 @@ def plan(
     with _command(as_json, threads):
         from taut import api, show
 
-        made = api.plan(
-            model,
-            form=form.value,
-            only=only,
-            outputs=outputs.value,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            untie=untie,
-        )
+        with _progress() as progress:
+            made = api.plan(
+                model,
+                form=form.value,
+                only=only,
+                outputs=outputs.value,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                untie=untie,
+                machine=machine,
+                measure=measure,
+                progress=progress,
+            )
         if out is not None:
             made.save(out)
         _print(as_json, made.as_dict(), lambda: show.plan(made, out))

@@ -40,7 +40,7 @@ def key(name: str) -> str:
 
 
 def graph_of(model: nn.Module, example: Mapping[str, Tensor] | None, outputs: str) -> Graph:
-    return trace(model, _inputs(model, example), outputs=outputs)
+    return trace(model, inputs_of(model, example), outputs=outputs)
 
 
 def apply_module(
@@ -54,7 +54,7 @@ def apply_module(
     """A rewritten copy of a model; the one passed in stays as it is."""
     form = plan.form if plan else form
     kept = plan.outputs if plan else outputs
-    raw = trace(model, _inputs(model, example), outputs=kept, symbolic=form == "taut")
+    raw = trace(model, inputs_of(model, example), outputs=kept, symbolic=form == "taut")
     lifted = lift(raw)
     if plan is None:
         plan, graph = plan_and_apply(lifted, form, only, outputs)
@@ -77,7 +77,7 @@ def _stock_copy(model: nn.Module, graph: Graph) -> nn.Module:
 
 def verify_modules(before: nn.Module, after: nn.Module, example: Mapping[str, Tensor] | None) -> Evidence:
     """Replay the plan that `after` was made by on `before`, and prove it; without one, only compare the outputs."""
-    inputs = _inputs(before, example)
+    inputs = inputs_of(before, example)
     plan: Plan | None = getattr(after, RECORD, None)
     if plan is None:
         return compare_modules(before, after, inputs)
@@ -90,7 +90,7 @@ def verify_modules(before: nn.Module, after: nn.Module, example: Mapping[str, Te
     stored = _stored(after)
     written = {name: stored[name] for name in graph.changed()}
     untouched = [n for n in graph.values if n not in written and not torch.equal(stored[n], raw.tensors[n])]
-    more = [] if example is not None else [_inputs(before, None, seed) for seed in range(1, 9)]
+    more = [] if example is not None else [inputs_of(before, None, seed) for seed in range(1, 9)]
     evidence = prove(
         raw,
         proved,
@@ -112,7 +112,8 @@ def _stored(after: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in after.named_parameters(remove_duplicate=False)}
 
 
-def _inputs(model: nn.Module, example: Mapping[str, Tensor] | None, seed: int = 0) -> dict[str, Any]:
+def inputs_of(model: nn.Module, example: Mapping[str, Tensor] | None, seed: int = 0) -> dict[str, Any]:
+    """The example, or made-up inputs on the model's device. Raises ValueError where a module has no configuration."""
     if example is not None:
         return dict(example)
     if not hasattr(model, "config"):

@@ -37,8 +37,32 @@ class Refusal:
 
 
 @dataclass(frozen=True)
+class Price:
+    """What step number `step` of a plan saves of a workload (see `taut/cost.py`), predicted from shapes.
+
+    `seconds` on the plan's machine, and `share` of what the graph took before the step. The measured seconds are those
+    of a forward pass before and after it.
+    """
+
+    step: int
+    rewrite: str
+    workload: str
+    bytes: float
+    flops: float
+    calls: int
+    seconds: float
+    share: float
+    measured_before: float | None = None
+    measured_after: float | None = None
+    kept: bool = True
+
+
+@dataclass(frozen=True)
 class Plan:
-    """Steps in the order in which they are applied; `refused` says why each other site was left alone."""
+    """Steps in the order in which they are applied; `refused` says why each other site was left alone.
+
+    `prices` say what each step saves on `machine`, where one was named.
+    """
 
     form: str
     outputs: str
@@ -47,13 +71,17 @@ class Plan:
     absent: dict[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
     version: str = __version__
+    machine: str | None = None
+    prices: tuple[Price, ...] = ()
 
     @property
     def applied(self) -> int:
         return sum(len(step.sites) for step in self.steps)
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """For JSON; what a plan without prices does not have is left out."""
+        unsaid = () if self.machine else ("machine", "prices")
+        return {key: value for key, value in asdict(self).items() if key not in unsaid}
 
     def save(self, path: Path) -> None:
         """Raises BadPlan where the file cannot be written."""
@@ -71,7 +99,9 @@ class Plan:
             steps = tuple(Step(s["rewrite"], tuple(s["sites"])) for s in record["steps"])
             refused = tuple(Refusal(**r) for r in record.get("refused", ()))
             form, outputs = form_of(record["form"]).name, OUTPUTS[record["outputs"]]
-            return Plan(form, outputs, steps, refused, dict(record.get("absent", {})))
+            prices = tuple(Price(**price) for price in record.get("prices", ()))
+            absent, machine = dict(record.get("absent", {})), record.get("machine")
+            return Plan(form, outputs, steps, refused, absent, machine=machine, prices=prices)
         except (KeyError, TypeError) as error:
             raise BadPlan(f"this is not a plan that `taut plan` made: {error!r}") from error
 
@@ -143,15 +173,20 @@ def _round(graph: Graph, tried: list[Rewrite], form: Form) -> tuple[Graph, list[
 
 def follow(graph: Graph, plan: Plan) -> Graph:
     """Apply a recorded plan to a lifted graph. Raises BadPlan where it does not fit."""
-    known = rewrites()
     for step in plan.steps:
-        if step.rewrite not in known:
-            raise BadPlan(f"the plan uses the rewrite {step.rewrite!r}, which this taut does not have")
-        try:
-            graph = known[step.rewrite].apply(graph, step.sites, form_of(plan.form))
-        except ValueError as error:
-            raise BadPlan(str(error)) from error
+        graph = apply_step(graph, step, plan.form)
     return graph
+
+
+def apply_step(graph: Graph, step: Step, form: str) -> Graph:
+    """Apply one step of a plan. Raises BadPlan where it does not fit."""
+    known = rewrites()
+    if step.rewrite not in known:
+        raise BadPlan(f"the plan uses the rewrite {step.rewrite!r}, which this taut does not have")
+    try:
+        return known[step.rewrite].apply(graph, step.sites, form_of(form))
+    except ValueError as error:
+        raise BadPlan(str(error)) from error
 
 
 def all_sites(graph: Graph, form: str = "taut") -> list[tuple[str, Site]]:

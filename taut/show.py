@@ -142,6 +142,7 @@ def plan(made: Plan, out: Path | None) -> None:
     _sites(sorted(rows, key=lambda row: order.index(row[0])))
     for rewrite, reason in made.absent.items():
         console.print(f"\n[bold]{rewrite}[/bold]  no sites: {escape(reason)}")
+    show_cost.prices(made)
     if out is not None:
         console.print(f"\nwritten to {escape(str(out))}")
 

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from taut.cost import Cost, Item, Kind
 from taut.machine import Machine
+from taut.plans import Plan, Price
 from taut.words import console, duration, size, together
 
 LEAST_SHARE = 0.005
@@ -118,3 +119,29 @@ def _grid() -> Table:
 
 def _row(grid: Table, label: str, calls: int, bytes: float, flops: float, seconds: float, share: float) -> None:
     grid.add_row(label, f"{calls}x", size(bytes), size(flops, "FLOP"), duration(seconds), f"{share:.1%}")
+
+
+def prices(plan: Plan) -> None:
+    """What the steps of a plan save, those that save most first."""
+    if not plan.prices:
+        return
+    console.print(
+        f"\n[bold]predicted on {escape(plan.machine or '')}[/bold], batch 1, every call from memory to memory"
+    )
+    for workload in dict.fromkeys(price.workload for price in plan.prices):
+        grid = _grid()
+        for price in (p for p in plan.prices if p.workload == workload):
+            calls = f"{-price.calls:+d} calls" if price.calls else ""
+            saved = f"{size(price.bytes)} saved" if price.bytes >= 0 else f"{size(-price.bytes)} more"
+            sign = "-" if price.seconds >= 0 else "+"
+            change = f"{sign}{duration(abs(price.seconds))}", f"{-price.share:+.1%}"
+            grid.add_row(price.rewrite, calls, saved, *change, _measured(price))
+        console.print(f"\n{workload}")
+        console.print(Padding(grid, (0, 0, 0, 2)))
+
+
+def _measured(price: Price) -> str:
+    if price.measured_before is None or price.measured_after is None:
+        return ""
+    verdict = "" if price.kept else ": dropped"
+    return f"measured {duration(price.measured_before)} to {duration(price.measured_after)}{verdict}"
