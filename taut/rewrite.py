@@ -41,7 +41,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Form:
-    """What a rewritten model may look like: stock keeps its class and its layout, taut may change both."""
+    """What a rewritten model may look like: stock keeps its class and its layout, the others may change both."""
 
     name: str
 
@@ -50,7 +50,8 @@ class Form:
         return self.name == "stock"
 
 
-STOCK, TAUT = Form("stock"), Form("taut")
+STOCK, TAUT, STEP = Form("stock"), Form("taut"), Form("step")
+"""STEP is the graph of one decoding step, which is run and never written."""
 
 
 @dataclass(frozen=True)

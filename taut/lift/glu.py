@@ -5,6 +5,7 @@ Which activation it is, is found by running it: however it is spelled, it must a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def lift(graph: Graph) -> None:
             continue
         args: Any = node.args
         for active, up in (args, args[::-1]):
-            found = _activation(active, tried)
+            found = named_activation(active, tried)
             if found is not None and _is_gate(node, found[1], up):
                 replace(graph, node, glu, (found[1], up, found[0]))
                 break
@@ -53,28 +54,31 @@ def _is_gate(node: fx.Node, gate: fx.Node, up: fx.Node) -> bool:
     return shape(gate) == shape(up) == shape(node) and len(shape(node)) > 1 and _only_source(node) is None
 
 
-def _activation(node: Any, tried: dict[fx.Node, tuple[str, fx.Node] | None]) -> tuple[str, fx.Node] | None:
+def named_activation(node: Any, tried: dict[fx.Node, tuple[str, fx.Node] | None]) -> tuple[str, fx.Node] | None:
     """The name of the activation that a node computes, and what of."""
     node = through_casts(node)
     if not is_call(node, *ELEMENTWISE):
         return None
     if node not in tried:
-        x = _only_source(node)
-        tried[node] = None if x is None else _named(node, x)
+        tried[node] = next((found for x in _sources(node) if (found := _named(node, x)) is not None), None)
     return tried[node]
 
 
 def _only_source(node: fx.Node) -> fx.Node | None:
     """The nearest node of which the expression that ends here is a function."""
+    return next(_sources(node), None)
+
+
+def _sources(node: fx.Node) -> Iterator[fx.Node]:
+    """The nodes of which the expression that ends here is a function, the nearest first."""
     edge = {node}
     for _ in range(LONGEST):
         last = max(edge)
         if not is_call(last, *ELEMENTWISE) and not is_cast(last):
-            return None
+            return
         edge = (edge - {last}) | set(last.all_input_nodes)
         if len(edge) == 1 and not is_cast(next(iter(edge))):
-            return next(iter(edge))
-    return None
+            yield next(iter(edge))
 
 
 def _named(node: fx.Node, x: fx.Node) -> tuple[str, fx.Node] | None:

@@ -1,0 +1,63 @@
+"""From a model's step graph as exported to one that is ready to be lowered: lifted, and fused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from taut.graph import Graph, shape
+from taut.lift import lift
+from taut.lift._match import is_call, is_cast, through_casts
+from taut.rewrite import STEP, TAUT, rewrites
+from taut.rewrites.fuse_norm_linear import fuse_norm_linear
+from taut.rewrites.merge_linears import merge_linears
+
+aten = torch.ops.aten
+
+SHAPED_AS = (
+    aten.new_ones.default,
+    aten.new_zeros.default,
+    aten.new_full.default,
+    aten.ones_like.default,
+    aten.zeros_like.default,
+    aten.full_like.default,
+)
+"""They look at the shape of a value, not at the value; all of them are told a dtype or give a mask of ones."""
+
+
+def prepared(graph: Graph) -> Graph:
+    """The graph lifted, without casts that cast nothing, and with every fusing rewrite applied."""
+    graph = lift(tidied(graph))
+    for rewrite in rewrites().values():
+        if rewrite is fuse_norm_linear:  # what reads one norm and was not fused with what is behind it
+            graph = merge_linears.apply(graph, form=TAUT)
+        if STEP in rewrite.forms and not rewrite.asked:
+            graph = rewrite.apply(graph, form=STEP)
+    return graph
+
+
+def tidied(graph: Graph) -> Graph:
+    """Without casts that cast nothing, and with numbers for the products and quotients with one-element constants."""
+    graph = graph.copy()
+    for node in list(graph.nodes):
+        if is_cast(node):
+            source: Any = node.args[0]
+            if source.meta["val"].dtype == node.meta["val"].dtype:
+                node.replace_all_uses_with(source)
+                graph.fx.erase_node(node)
+        elif is_call(node, aten.mul.Tensor, aten.div.Tensor):
+            node.args = tuple(_number(graph, arg) for arg in node.args)
+        elif is_call(node, *SHAPED_AS):
+            like: Any = node.args[0]
+            node.replace_input_with(like, graph.insert(aten.zeros.default, (list(shape(like)),), node))
+    return graph
+
+
+def _number(graph: Graph, arg: Any) -> Any:
+    source = through_casts(arg)
+    is_buffer = isinstance(source, fx.Node) and source.op == "placeholder" and source.meta["kind"] == "buffer"
+    if not is_buffer or source.meta["val"].numel() != 1 or graph.tensors[source.meta["tensor"]].is_meta:
+        return arg
+    return float(graph.tensors[source.meta["tensor"]])

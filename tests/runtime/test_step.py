@@ -1,0 +1,145 @@
+"""The step of a model, fused and lowered, computes what the model computes: judged by the model in float64."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+
+from taut.graph import Graph
+from taut.lift import lift
+from taut.proof import AS_GOOD, SAME_FUNCTION
+from taut.rewrite import STEP, rewrites
+from taut.runtime.lower import lower
+from taut.runtime.plain import PlainRunner
+from taut.runtime.prepare import prepared, tidied
+from taut.runtime.runner import Runner
+from taut.runtime.step import trace_step
+from taut.runtime.steps import Program, Torch
+from taut.shrink import tiny_model
+
+QUICK = (
+    "LlamaForCausalLM",
+    "Gemma3ForCausalLM",  # softmax scale, QK norms, post-norms, sliding windows, scaled embeddings
+    "Gemma2ForCausalLM",  # softcaps
+    "GPT2LMHeadModel",  # LayerNorm, biases, learned positions, transposed weights
+    "Phi3ForCausalLM",  # query, key and value in one weight; gate and up too
+    "MixtralForCausalLM",  # experts
+    "GptOssForCausalLM",  # sinks
+    "GPTNeoXForCausalLM",  # a parallel block, heads interleaved in one weight, a part of the head turned
+)
+SLOW = (
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "CohereForCausalLM",
+    "OPTForCausalLM",
+    "Olmo2ForCausalLM",
+    "StableLmForCausalLM",
+    "FalconForCausalLM",
+    "GraniteForCausalLM",
+    "GPTJForCausalLM",
+    "Starcoder2ForCausalLM",
+    "GlmForCausalLM",
+    "SmolLM3ForCausalLM",
+    "PhiForCausalLM",
+    "GPTBigCodeForCausalLM",
+    "NemotronForCausalLM",
+    "PersimmonForCausalLM",
+)
+LENGTH, STEPS = 64, 64
+CLASSES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+
+
+@functools.cache
+def built(name: str):
+    import transformers
+
+    model = tiny_model(getattr(transformers, name))
+    if hasattr(model.config, "_experts_implementation"):
+        model.set_experts_implementation("eager")  # the grouped products know no float64
+    return model
+
+
+@functools.cache
+def step(name: str) -> Graph:
+    return trace_step(built(name), LENGTH)
+
+
+@functools.cache
+def program(name: str) -> Program:
+    return lower(prepared(step(name)))
+
+
+@functools.cache
+def judged(name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, the model's logits in true float64, and in float32."""
+    model = built(name)
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(3, vocabulary, (STEPS,), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        own = model(input_ids=ids[None], use_cache=False).logits[0]
+        true = copy.deepcopy(model).double()(input_ids=ids[None], use_cache=False).logits[0]
+    return ids, true, own
+
+
+def error(logits: Tensor, true: Tensor) -> float:
+    return float((logits.double() - true).norm() / true.norm())
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_fusing_keeps_the_function(name):
+    """In true float64, on a cache of random keys and values."""
+    graph, fused = lift(tidied(step(name))), prepared(step(name))
+    generator = torch.Generator().manual_seed(0)
+    inputs = {key: torch.randn(node.meta["val"].shape, generator=generator) for key, node in _inputs(graph).items()}
+    inputs |= {"token": torch.tensor([[5]]), "position": torch.tensor([40])}
+    true, new = graph.run(inputs, float64=True)["logits"], fused.run(inputs, float64=True)["logits"]
+    assert float((new - true).abs().max() / true.abs().max()) <= SAME_FUNCTION
+
+
+def _inputs(graph: Graph):
+    return graph.placeholders("input")
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_teacher_forced_logits_are_as_good_as_the_model_s_own(name):
+    ids, true, own = judged(name)
+    limit = AS_GOOD * error(own, true)
+    runner = Runner(program(name), 1)
+    zero = torch.zeros(1, dtype=torch.long)
+    each = [runner.run(ids[i : i + 1], zero + i, zero).clone() for i in range(STEPS)]
+    assert error(torch.cat(each), true) <= limit
+    whole = PlainRunner(program(name), 1).run(ids, torch.arange(STEPS), torch.zeros(STEPS, dtype=torch.long))
+    assert error(whole, true) <= limit
+
+
+def test_what_has_no_word_is_named():
+    steps = [step for step in program("MixtralForCausalLM").steps if isinstance(step, Torch)]
+    assert steps
+    assert all("topk" in step.why for step in steps)
+    assert not any(isinstance(step, Torch) for step in program("GPTNeoXForCausalLM").steps)
+
+
+@pytest.mark.parametrize(
+    "rewrite", ["fuse_glu", "fuse_norm_linear", "fuse_residual", "fuse_rope_cache", "decode_attention"]
+)
+def test_sites_of_a_llama_counted_by_hand(rewrite):
+    """Two layers: q, k, v, gate and up with the head behind norms; two sums a layer; one of the rest a layer."""
+    sites = rewrites()[rewrite].find(lift(tidied(step("LlamaForCausalLM"))), STEP)
+    counted = {"fuse_norm_linear": 2 * 5 + 1, "fuse_residual": 2 * 2}
+    assert [site.refused for site in sites] == [None] * counted.get(rewrite, 2)
+
+
+def test_a_wrong_table_is_noticed():
+    """The judge can fail: one rotary angle off."""
+    ids, true, own = judged("LlamaForCausalLM")
+    wrong = copy.deepcopy(program("LlamaForCausalLM"))
+    attend = next(step for step in wrong.steps if hasattr(step, "rotary"))
+    attend.rotary.cos[1, 0] *= 1.01
+    whole = PlainRunner(wrong, 1).run(ids, torch.arange(STEPS), torch.zeros(STEPS, dtype=torch.long))
+    assert error(whole, true) > AS_GOOD * error(own, true)
