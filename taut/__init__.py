@@ -6,13 +6,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["apply", "inspect", "plan", "trace", "verify"]
+__all__ = ["apply", "bench", "compile", "inspect", "plan", "trace", "verify"]
 
 if TYPE_CHECKING:
     from taut.api import apply, inspect, plan, verify
+    from taut.benchmark import bench
+    from taut.runtime.compiling import compile
     from taut.tracing import trace
 
-_HOME = {"apply": "api", "inspect": "api", "plan": "api", "verify": "api", "trace": "tracing"}
+_HOME = {
+    "apply": "api",
+    "bench": "benchmark",
+    "compile": "runtime.compiling",
+    "inspect": "api",
+    "plan": "api",
+    "verify": "api",
+    "trace": "tracing",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -74,7 +74,7 @@ class Opened:
         model = cast_weights(build_on_meta(self.model_class, self.config).eval(), dtype or self.dtype)
         graph = self._trace(model, outputs, symbolic)
         tensors = dict(graph.tensors)
-        for name, buffer in self._buffers().items():
+        for name, buffer in self.buffers().items():
             tensors[name] = buffer
         lost = [n for n, node in graph.placeholders("buffer").items() if tensors[n].is_meta and node.users]
         if lost:
@@ -103,7 +103,8 @@ class Opened:
         """Made-up inputs on the CPU."""
         return example_inputs(self.meta, seed=seed, device="cpu")
 
-    def _buffers(self) -> Mapping[str, Tensor]:
+    def buffers(self) -> Mapping[str, Tensor]:
+        """The model's buffers: as stored, else as its code makes them."""
         with _parameters_on_meta():
             model = self.model_class(self.config)
         buffers = dict(model.named_buffers(remove_duplicate=False))

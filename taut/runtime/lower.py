@@ -48,6 +48,7 @@ from taut.runtime.steps import (
     Weight,
 )
 from taut.runtime.tables import BY_POSITION, CONSTANT, LIVE, Tables
+from taut.values import Original, Stacked, reader
 
 aten = torch.ops.aten
 PRODUCTS = (linear, fused_linear, fused_glu, cache_attention, rms_norm, layer_norm)
@@ -65,14 +66,18 @@ class Picked:
     index: Tensor
 
 
-def lower(graph: Graph) -> Program:
-    """The program of a step graph. Raises CannotLower with the reason."""
-    return Lowering(graph).program()
+Convert = Callable[[Tensor], Weight]
+"""How a matrix is kept that was read from the checkpoint."""
+
+
+def lower(graph: Graph, convert: Convert = Weight) -> Program:
+    """The program of a prepared step graph. Raises CannotLower with the reason."""
+    return Lowering(graph, convert).program()
 
 
 class Lowering:
-    def __init__(self, graph: Graph) -> None:
-        self.graph, self.tables = graph, Tables(graph)
+    def __init__(self, graph: Graph, convert: Convert) -> None:
+        self.graph, self.tables, self.convert = graph, Tables(graph), convert
         self.steps: list[Step] = []
         self.widths: dict[str, int] = {}
         self.at: dict[fx.Node, Any] = {}
@@ -241,7 +246,7 @@ class Lowering:
     def _weight(self, node: fx.Node) -> Weight:
         """A matrix as it is stored: what only moves a parameter keeps its dtype."""
         if node not in self.memo:
-            self.memo[node] = Weight(self._stored(node))
+            self.memo[node] = self.convert(self._stored(node))
         return self.memo[node]
 
     def _stored(self, node: Any) -> Tensor:
@@ -379,7 +384,7 @@ class Lowering:
             rows = self.tables.table(source.args[1]).flatten()
             offset = int(rows[0])
             if torch.equal(rows, torch.arange(offset, offset + len(rows))):
-                return self._weight(source.args[0]), offset
+                return Weight(self._stored(source.args[0])), offset
         return Weight(self.tables.table(node).reshape(self.tables.max_length, -1).float()), 0
 
     def _product(self, node: Any) -> bool:
@@ -537,7 +542,11 @@ class Attention:
 
 
 def stored(graph: Graph, name: str) -> Tensor:
-    """A parameter in the dtype it is stored in."""
+    """A parameter in the dtype in which it is stored; several stacked are put together as they are."""
+    value = graph.values[name]
+    if isinstance(value, Stacked) and all(isinstance(part, Original) for part in value.parts):
+        read = graph.read or reader(graph.tensors)
+        return torch.cat([read(part.name, None) for part in value.parts if isinstance(part, Original)])
     return graph.evaluate(name, None)
 
 

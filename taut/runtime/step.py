@@ -111,9 +111,9 @@ def _cache(position: Tensor, stored: Any, count: int, empty: Any = None, max_len
                 self.keys, self.values = empty(self.index, key_states, value_states)
             keys: Any = self.keys
             values: Any = self.values
-            self.keys = keys.index_copy(2, position, key_states)
-            self.values = values.index_copy(2, position, value_states)
+            self.keys = keys = keys.index_copy(2, position, key_states)
+            self.values = values = values.index_copy(2, position, value_states)
             self.cumulative_length = self.cumulative_length + key_states.shape[2]
-            return self.keys, self.values
+            return keys, values
 
     return Cache(layers=[Layer(i) for i in range(count)])

@@ -1,0 +1,148 @@
+"""From a model to an engine: its step exported, prepared and lowered, its weights read when the program is made."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from taut.checkpoint.errors import BadInput
+from taut.graph import Graph
+from taut.ops._weights import GROUP, quantize
+from taut.runtime.engine import Engine
+from taut.runtime.lower import CannotLower, lower
+from taut.runtime.steps import Weight
+
+WINDOW = 2048
+"""Positions that a slot has by default, where the model allows as many."""
+
+WIDTHS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+BITS = {"int8": 8, "int4": 4}
+Progress = Callable[[str], None]
+
+
+def compile(
+    model: str | Path | nn.Module,
+    device: str = "cpu",
+    *,
+    max_length: int | None = None,
+    max_batch: int = 1,
+    weights: str | None = None,
+    cache_dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Engine:
+    """Compile a causal model into an engine that decodes at the speed of memory.
+
+    `model` is a directory, a hub id or an nn.Module. Weights stay as they are stored (`weights` None), or become
+    "fp32", "bf16", "fp16", "int8" (a scale a row) or "int4" (groups of 32); activations are float32. Raises BadInput
+    with the cause and the cure: for what is no model, a step that cannot be exported or lowered, and what does not fit.
+    """
+    if device != "cpu":
+        raise BadInput(f"no engine for device {device!r}", 'take device="cpu"')
+    convert = converter(weights)
+    tell = progress or (lambda what: None)
+    if isinstance(model, nn.Module):
+        graph, stop = _module_graph(model, max_length, tell)
+    else:
+        from taut.runtime.stored import checkpoint_graph
+
+        graph, stop = checkpoint_graph(model, max_length, revision, trust_remote_code, tell)
+    tell("reading weights")
+    try:
+        program = lower(graph, convert)
+    except CannotLower as error:
+        raise BadInput(f"the model's step cannot be lowered: {error}", "generate with transformers instead") from error
+    return Engine(program, max_batch, cache_dtype, stop)
+
+
+def converter(weights: str | None) -> Callable[[Tensor], Weight]:
+    """How matrices are kept. Raises BadInput for an unknown name."""
+    if weights is None:
+        return Weight
+    if weights in WIDTHS:
+        return lambda matrix: Weight(matrix.to(WIDTHS[weights]))
+    if weights in BITS:
+        return partial(_quantized, weights)
+    raise BadInput(f"no weights {weights!r}", f"take one of {', '.join([*WIDTHS, *BITS])}")
+
+
+def _quantized(weights: str, matrix: Tensor) -> Weight:
+    if weights == "int4" and matrix.shape[1] % GROUP:
+        raise BadInput(f"int4 weights need inputs in groups of {GROUP}, and a layer has {matrix.shape[1]}", "take int8")
+    return Weight(*quantize(matrix, BITS[weights]))
+
+
+def window(config: Any, max_length: int | None) -> int:
+    """Positions a slot. Raises BadInput for more than the model knows, and for less than one."""
+    known = getattr(config.get_text_config(), "max_position_embeddings", None)
+    known = known if isinstance(known, int) and known > 0 else None
+    if max_length is None:
+        return min(WINDOW, known or WINDOW)
+    if max_length < 1 or (known is not None and max_length > known):
+        raise BadInput(f"a window of {max_length}, where the model knows {known or 'some'} positions", "take fewer")
+    return max_length
+
+
+def stop_tokens(*sources: Any) -> frozenset[int]:
+    """The tokens that end a text, from the first of the configurations that names some."""
+    for source in sources:
+        named = source.get("eos_token_id") if isinstance(source, dict) else getattr(source, "eos_token_id", None)
+        if named is not None:
+            return frozenset(named if isinstance(named, Iterable) else [named])
+    return frozenset()
+
+
+def step_graph(model: nn.Module, max_length: int) -> Graph:
+    """The step as exported. Raises BadInput where it cannot be."""
+    from taut.runtime.step import trace_step
+    from taut.tracing import CannotTrace
+
+    try:
+        return trace_step(model, max_length)
+    except CannotTrace as error:
+        cause = f"the decoding step of {type(model).__name__} cannot be exported: {error}"
+        raise BadInput(cause, "generate with transformers instead, and report the class and this message") from error
+
+
+def _module_graph(model: nn.Module, max_length: int | None, tell: Progress) -> tuple[Graph, frozenset[int]]:
+    from taut.runtime.prepare import prepared
+
+    config: Any = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        raise BadInput(f"{type(model).__name__} has no configuration", "pass a causal model of transformers")
+    tell("exporting the step")
+    length = window(config, max_length)
+    plain = all(p.dtype == torch.float32 and p.device.type == "cpu" for p in model.parameters())
+    graph = step_graph(model if plain else _on_meta(model), length)
+    if not plain:
+        own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+        bind(graph, {name: tensor.detach().cpu() for name, tensor in own.items()})
+    tell("fusing")
+    return prepared(graph), stop_tokens(getattr(model, "generation_config", None), config)
+
+
+def _on_meta(model: nn.Module) -> nn.Module:
+    """The model in float32 without storage: what is traced."""
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        shaped = tensor.detach().to("meta", torch.float32 if tensor.is_floating_point() else tensor.dtype)
+        memo[id(tensor)] = nn.Parameter(shaped, requires_grad=False) if isinstance(tensor, nn.Parameter) else shaped
+    return copy.deepcopy(model, memo)
+
+
+def bind(graph: Graph, tensors: dict[str, Tensor]) -> None:
+    """Give a graph that was traced on the meta device its tensors. Raises BadInput for what was made up there."""
+    graph.tensors = dict(graph.tensors) | tensors
+    placed = graph.placeholders("buffer")
+    lost = [name for name, node in placed.items() if graph.tensors[name].is_meta and node.users]
+    if lost:
+        raise BadInput(
+            f"{', '.join(lost)} is made up while tracing", "pass the loaded model as an nn.Module in float32"
+        )

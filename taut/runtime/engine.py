@@ -1,0 +1,191 @@
+"""A compiled model: prompts go into slots; a decoding step takes one token of each sequence, at its own position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from taut.checkpoint.errors import BadInput
+from taut.ops.sample import sample
+from taut.runtime.plain import PlainRunner
+from taut.runtime.runner import Runner
+from taut.runtime.steps import Program, Torch
+
+CHUNK = 512
+"""Tokens of a prompt that are run at once."""
+
+FEW = 4
+"""Up to as many tokens the interpreter runs a prompt; beyond that torch's products, which read a weight once, pay."""
+
+Ids = Sequence[int] | Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn: as in `taut.ops.sample`; temperature 0 takes the likeliest."""
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    seed: int = 0
+
+    def draw(self, logits: Tensor, requests: Tensor, positions: Tensor) -> Tensor:
+        """A token for every row; request i draws from a stream of its own, whatever else is in the batch."""
+        seeds = self.seed + requests
+        return sample(logits, self.temperature, self.top_k, self.top_p, self.min_p, seeds, positions)
+
+
+class Engine:
+    """A program with its caches. `lengths[slot]` tokens stand in a slot.
+
+    Attributes: `program`, `max_length` (positions a slot), `max_batch` (slots), `stop` (tokens that end a text).
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        max_batch: int = 1,
+        cache_dtype: torch.dtype | None = None,
+        stop: Iterable[int] = (),
+    ) -> None:
+        self.program, self.max_length, self.max_batch = program, program.max_length, max_batch
+        self.runner = Runner(program, max_batch, cache_dtype)
+        self.many = PlainRunner(program, max_batch, self.runner.caches)
+        self.lengths = [0] * max_batch
+        self.stop = frozenset(stop)
+
+    def prefill(self, ids: Ids, slot: int = 0) -> Tensor:
+        """Append tokens to the sequence in a slot; float32 logits (vocabulary,) after the last of them.
+
+        Raises BadInput for an empty prompt, ids that the model does not know, and where the slot has no room.
+        """
+        tokens = self._checked(ids, slot)
+        start = self.lengths[slot]
+        logits = None
+        for piece in tokens.split(CHUNK):
+            positions = torch.arange(start, start + len(piece))
+            logits = self._run(piece, positions, torch.full_like(piece, slot))
+            start += len(piece)
+        self.lengths[slot] = start
+        assert logits is not None
+        return logits
+
+    def _run(self, tokens: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
+        """The last row's logits."""
+        if len(tokens) > FEW:
+            return self.many.run(tokens, positions, slots, torch.tensor([len(tokens) - 1]))[-1]
+        for i in range(len(tokens) - 1):
+            self.runner.run(tokens[i : i + 1], positions[i : i + 1], slots[i : i + 1])
+        return self.runner.run(tokens[-1:], positions[-1:], slots[-1:])[-1].clone()
+
+    def decode(self, tokens: Ids, slots: Sequence[int] | None = None) -> Tensor:
+        """Append one token to each of some slots (0, 1, ... by default); float32 logits (rows, vocabulary).
+
+        The next call overwrites them. Raises BadInput for ids out of range and slots that are full or given twice.
+        """
+        places = list(range(len(tokens))) if slots is None else list(slots)
+        if len(tokens) > self.max_batch or len(tokens) != len(places) or len(set(places)) < len(places):
+            cause = f"{len(tokens)} tokens for slots {places}, where {self.max_batch} slots are"
+            raise BadInput(cause, "give each slot one token, or compile with a larger max_batch")
+        rows = torch.tensor(
+            [self._checked(token[None], slot)[0] for token, slot in zip(_long(tokens), places, strict=True)]
+        )
+        positions = torch.tensor([self.lengths[slot] for slot in places])
+        logits = self.runner.run(rows, positions, torch.tensor(places))
+        for slot in places:
+            self.lengths[slot] += 1
+        return logits
+
+    def reset(self, slot: int | None = None) -> None:
+        """Forget the sequence in a slot, or in all of them."""
+        for place in range(self.max_batch) if slot is None else [slot]:
+            self.lengths[place] = 0
+
+    def generate(
+        self,
+        ids: Ids | Sequence[Ids],
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int = 0,
+        stop: Iterable[int] | None = None,
+    ) -> Iterator:
+        """Yield the tokens that follow a prompt, one by one; for a list of prompts a list at every step.
+
+        In such a list stands None for a prompt whose text has ended. A text ends at a token in `stop` (by default the
+        model's own, which is not yielded), after `max_new_tokens`, or where the slot is full. Prompts may differ in
+        length; prompt i draws from the stream of `seed + i`. Raises BadInput before anything is computed.
+        """
+        single = ids.ndim == 1 if isinstance(ids, Tensor) else not _is_batch(ids)
+        prompts: list[Ids] = [ids] if single else list(ids)  # type: ignore[list-item]
+        if not 1 <= len(prompts) <= self.max_batch:
+            cause = f"{len(prompts)} prompts, where 1 to {self.max_batch} fit"
+            raise BadInput(cause, "give fewer, or compile with a larger max_batch")
+        self.reset()
+        checked = [self._checked(prompt, slot, more=1) for slot, prompt in enumerate(prompts)]
+        how = Sampling(temperature, top_k, top_p, min_p, seed)
+        steps = self._texts(checked, max_new_tokens, how, self.stop if stop is None else frozenset(stop))
+        return (step[0] for step in steps) if single else steps
+
+    def _texts(
+        self, prompts: list[Tensor], most: int, how: Sampling, stop: frozenset[int]
+    ) -> Iterator[list[int | None]]:
+        if most < 1:
+            return
+        logits = torch.stack([self.prefill(prompt, slot) for slot, prompt in enumerate(prompts)])
+        live = list(range(len(prompts)))
+        for count in range(1, most + 1):
+            places = torch.tensor(live)
+            drawn = how.draw(logits, places, torch.tensor([self.lengths[slot] for slot in live])).tolist()
+            step = {slot: token for slot, token in zip(live, drawn, strict=True) if token not in stop}
+            if not step:
+                return
+            yield [step.get(slot) for slot in range(len(prompts))]
+            live = [slot for slot in step if self.lengths[slot] < self.max_length]
+            if count == most or not live:
+                return
+            logits = self.decode([step[slot] for slot in live], live)
+
+    def bytes_a_step(self) -> int:
+        """Bytes of weights and caches that the next step of all slots in use reads."""
+        return self.runner.bytes_a_token([length for length in self.lengths if length] or [0])
+
+    def explain(self) -> list[str]:
+        """Why each step that torch runs is not run by the interpreter; empty where there is none."""
+        return [step.why for step in self.program.steps if isinstance(step, Torch)]
+
+    def _checked(self, ids: Ids, slot: int, more: int = 0) -> Tensor:
+        """Token ids for a slot. Raises BadInput where they do not fit."""
+        if not 0 <= slot < self.max_batch:
+            raise BadInput(f"slot {slot}, where {self.max_batch} are", "compile with a larger max_batch")
+        tokens = _long(ids)
+        if tokens.ndim != 1 or not len(tokens):
+            raise BadInput(
+                "the prompt is empty" if not tokens.numel() else "a prompt is one row of token ids", "give token ids"
+            )
+        known = self.runner.vocabulary
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or (known is not None and high >= known):
+            wrong = low if low < 0 else high
+            raise BadInput(
+                f"token id {wrong} is out of range: the model knows 0 to {(known or 0) - 1}", "use its tokenizer"
+            )
+        room = self.max_length - self.lengths[slot] - more
+        if len(tokens) > room:
+            cause = f"{len(tokens)} tokens, where {max(room, 0)} more fit into a window of {self.max_length}"
+            raise BadInput(cause, "shorten the prompt, or compile with a larger max_length")
+        return tokens
+
+
+def _is_batch(ids: Sequence) -> bool:
+    return len(ids) > 0 and not isinstance(ids[0], int) and not (isinstance(ids[0], Tensor) and ids[0].ndim == 0)
+
+
+def _long(ids: Ids) -> Tensor:
+    return torch.as_tensor(ids, dtype=torch.long, device="cpu")
