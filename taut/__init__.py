@@ -6,11 +6,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["apply", "bench", "compile", "inspect", "plan", "trace", "verify"]
+__all__ = ["apply", "bench", "compile", "generate", "inspect", "plan", "trace", "verify"]
 
 if TYPE_CHECKING:
     from taut.api import apply, inspect, plan, verify
     from taut.benchmark import bench
+    from taut.generation import generate
     from taut.runtime.compiling import compile
     from taut.tracing import trace
 
@@ -18,6 +19,7 @@ _HOME = {
     "apply": "api",
     "bench": "benchmark",
     "compile": "runtime.compiling",
+    "generate": "generation",
     "inspect": "api",
     "plan": "api",
     "verify": "api",

@@ -49,6 +49,7 @@ Outputs = Annotated[OutputsName, typer.Option(help="What keeps its values; logit
 Only = Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this rewrite; may be repeated.")]
 Form = Annotated[FormName, typer.Option(help="stock loads in transformers without taut; taut may change structure.")]
 MachineName = Annotated[str | None, typer.Option("--machine", metavar="NAME", help="Floors on it; see `machines`.")]
+Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page with all of it to FILE.")]
 Untie = Annotated[bool, typer.Option("--untie", help="Give a tied head weights of its own.")]
 
 
@@ -67,6 +68,7 @@ def inspect(
     everything: Annotated[bool, typer.Option("--all", help="List the sites of every rewrite.")] = False,
     ops: Annotated[bool, typer.Option("--ops", help="The floor of every op, not only of every kind.")] = False,
     machine: MachineName = None,
+    html: Html = None,
     outputs: Outputs = OutputsName.all,
     untie: Untie = False,
     revision: Revision = None,
@@ -88,6 +90,8 @@ def inspect(
             dtype=dtype.value if dtype else None,
             machine=machine,
         )
+        if html is not None:
+            api.write_page(found, html)
         _print(as_json, found.as_dict(ops), lambda: show.inspection(found, facts, graph, everything, ops))
 
 
@@ -211,6 +215,103 @@ def techniques(as_json: Json = False) -> None:
         _print(as_json, {"techniques": [row.as_dict() for row in rows]}, lambda: show.techniques(rows))
 
 
+class WeightsName(StrEnum):
+    fp32 = "fp32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+    int8 = "int8"
+    int4 = "int4"
+
+
+@app.command()
+def bench(
+    model: ModelArg,
+    weights: Annotated[WeightsName | None, typer.Option(help="How weights are stored; by default as they are.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Time torch.compile too.")] = False,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 64,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens behind it.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds, in each of which all runners take their turn.")] = 7,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the results as JSON to FILE.")] = None,
+    html: Html = None,
+    revision: Revision = None,
+    trust_remote_code: Remote = False,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Time transformers and taut in one run, after showing that they are the same model; exit 1 if they are not."""
+    with _command(as_json, threads):
+        from taut import benchmark, show_cost
+        from taut.report import bench_page, write
+
+        with _progress() as progress:
+            found = benchmark.bench(
+                model,
+                weights=weights.value if weights else None,
+                all=everything,
+                prompt=prompt,
+                tokens=tokens,
+                rounds=rounds,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                progress=progress,
+            )
+        if out is not None:
+            found.save(out)
+        if html is not None:
+            write(bench_page(found), html)
+        _print(as_json, found.as_dict(), lambda: show_cost.bench(found))
+        if not found.passed:
+            raise typer.Exit(1)
+
+
+@app.command()
+def generate(
+    model: ModelArg,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What the text begins with.")],
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the k likeliest.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest that sum to p.")
+    ] = None,
+    min_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Draw from those at least p the likeliest.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same tokens.")] = 0,
+    weights: Annotated[WeightsName | None, typer.Option(help="How weights are kept; by default as stored.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Positions of prompt and text together.")] = None,
+    revision: Revision = None,
+    trust_remote_code: Remote = False,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Stream the text behind a prompt, and say how near to the machine's limit it was."""
+    from taut import show_text
+
+    with _command(as_json, threads, quiet=False), _progress() as progress:
+
+        def told(what: str) -> None:
+            if what == "exporting the step":
+                _quiet()
+            progress(what, 0, 1)
+
+        text = show_text.Text(
+            model,
+            prompt,
+            chat,
+            {"weights": weights.value if weights else None, "max_length": max_length}
+            | {"revision": revision, "trust_remote_code": trust_remote_code},
+            {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+            | {"top_k": top_k, "top_p": top_p, "min_p": min_p},
+        )
+        text.open(told)
+    with _command(as_json, threads, quiet=False):
+        text.write(as_json)
+        if text.interrupted:
+            raise typer.Exit(130)
+
+
 @app.command()
 def machines(
     measure: Annotated[bool, typer.Option("--measure", help="Measure this machine, and remember it.")] = False,
@@ -247,15 +348,19 @@ def demo(
 
 
 @contextmanager
-def _command(as_json: bool, threads: int | None) -> Iterator[None]:
-    """Set threads and logging, and turn what the user can mend into a cause, a cure and exit code 2."""
+def _command(as_json: bool, threads: int | None, quiet: bool = True) -> Iterator[None]:
+    """Set threads and logging, and turn what the user can mend into a cause, a cure and exit code 2.
+
+    `quiet` keeps transformers quiet, for which it is imported.
+    """
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(name)s: %(message)s")
     try:
         if threads is not None:
             import torch
 
             torch.set_num_threads(threads)
-        _quiet()
+        if quiet:
+            _quiet()
         yield
     except KeyboardInterrupt:
         print("interrupted; nothing was left behind", file=sys.stderr)

@@ -26,6 +26,10 @@ BITS = {"int8": 8, "int4": 4}
 Progress = Callable[[str], None]
 
 
+class CannotCompile(BadInput):
+    """The model is sound, but its step cannot be exported or lowered."""
+
+
 def compile(
     model: str | Path | nn.Module,
     device: str = "cpu",
@@ -58,7 +62,7 @@ def compile(
     try:
         program = lower(graph, convert)
     except CannotLower as error:
-        raise BadInput(f"the model's step cannot be lowered: {error}", "generate with transformers instead") from error
+        raise CannotCompile(f"the model's step cannot be lowered: {error}", "generate with transformers") from error
     return Engine(program, max_batch, cache_dtype, stop)
 
 
@@ -108,7 +112,7 @@ def step_graph(model: nn.Module, max_length: int) -> Graph:
         return trace_step(model, max_length)
     except CannotTrace as error:
         cause = f"the decoding step of {type(model).__name__} cannot be exported: {error}"
-        raise BadInput(cause, "generate with transformers instead, and report the class and this message") from error
+        raise CannotCompile(cause, "generate with transformers, and report the class and this message") from error
 
 
 def _module_graph(model: nn.Module, max_length: int | None, tell: Progress) -> tuple[Graph, frozenset[int]]:

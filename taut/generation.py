@@ -1,0 +1,212 @@
+"""Text from a prompt: the tokenizer around a compiled engine, with what it took."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from taut.checkpoint import BadInput, open_checkpoint
+
+if TYPE_CHECKING:
+    from taut.runtime.engine import Engine
+
+Progress = Callable[[str], None]
+
+
+@dataclass
+class Spent:
+    """What a text took. `seconds` are those of the tokens behind the first, which comes with the prompt's."""
+
+    prompt_tokens: int = 0
+    tokens: int = 0
+    prompt_seconds: float = 0.0
+    seconds: float = 0.0
+    bytes: float = 0.0
+    slack: float | None = None
+    ended: str = "stop"
+
+    @property
+    def tokens_per_second(self) -> float:
+        return (self.tokens - 1) / self.seconds if self.tokens > 1 else 0.0
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes of weights and caches read a second."""
+        return self.bytes / self.seconds if self.tokens > 1 else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return vars(self) | {"tokens_per_second": self.tokens_per_second, "bandwidth": self.bandwidth}
+
+    def __str__(self) -> str:
+        if self.tokens < 2:
+            return f"{self.tokens} tokens"
+        said = f"{self.tokens} tokens, {self.tokens_per_second:.1f} tokens/s"
+        if not self.bytes:
+            return said
+        said += f", {self.bandwidth / 1e9:.1f} GB/s, "
+        if self.slack is None:
+            return said + "slack not known: run `taut machines --measure` once"
+        return said + f"slack {self.slack:.2f}" + (" (a cache helped)" if self.slack < 1 else "")
+
+
+class Tokenizer(Protocol):
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: list[int]) -> str: ...
+
+
+@dataclass
+class Writer:
+    """Writes texts: `stream` yields pieces as they come; `spent` then says what the last one took."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    spent: Spent = field(default_factory=Spent)
+
+    def stream(self, ids: list[int], max_new_tokens: int, **sampling: Any) -> Iterator[str]:
+        """Pieces of text. Raises BadInput before the first of them, as `Engine.generate`."""
+        tokens = self.engine.generate(ids, max_new_tokens, **sampling)
+        self.spent = Spent(len(ids))
+        return pieces(self._counted(tokens, max_new_tokens), self.tokenizer)
+
+    def _counted(self, tokens: Iterator[int], most: int) -> Iterator[int]:
+        spent, begun, first_bytes = self.spent, time.perf_counter(), 0
+        for token in tokens:
+            now = time.perf_counter()
+            if not spent.tokens:
+                spent.prompt_seconds, begun, first_bytes = now - begun, now, self.engine.bytes_a_step()
+            spent.tokens += 1
+            spent.seconds = now - begun
+            spent.bytes = (spent.tokens - 1) * (first_bytes + self.engine.bytes_a_step()) / 2
+            yield token
+        full = self.engine.lengths[0] >= self.engine.max_length
+        spent.ended = "length" if spent.tokens == most else "window" if full else "stop"
+
+
+def pieces(tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
+    """The text that each token adds; a character of several tokens comes with the last of them."""
+    ids: list[int] = []
+    start = read = 0
+    for token in tokens:
+        ids.append(token)
+        before, after = tokenizer.decode(ids[start:read]), tokenizer.decode(ids[start:])
+        if len(after) > len(before) and not after.endswith("\ufffd"):
+            yield after[len(before) :]
+            start, read = read, len(ids)
+    rest = tokenizer.decode(ids[start:])[len(tokenizer.decode(ids[start:read])) :]
+    if rest:
+        yield rest
+
+
+def writer(
+    model: str | Path,
+    *,
+    weights: str | None = None,
+    max_length: int | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Writer:
+    """A checkpoint, compiled, with its tokenizer. Raises BadInput as `taut.compile`, and without a tokenizer."""
+    from taut.runtime.compiling import compile
+
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    tokenizer = tokenizer_of(model, **options)
+    return Writer(compile(model, max_length=max_length, weights=weights, progress=progress, **options), tokenizer)
+
+
+def generate(
+    model: str | Path, prompt: str, *, chat: bool = False, max_new_tokens: int = 128, **options: Any
+) -> Iterator[str]:
+    """The text behind a prompt, in pieces as they come.
+
+    `options` are those of `writer` (weights, max_length, revision, trust_remote_code, progress) and of
+    `Engine.generate` (temperature, top_k, top_p, min_p, seed, stop). `chat` puts the prompt into the model's chat
+    template. Raises BadInput with the cause and the cure.
+    """
+    own = ("weights", "max_length", "revision", "trust_remote_code", "progress")
+    made = writer(model, **{name: options.pop(name) for name in own if name in options})
+    yield from made.stream(encode(model, made.tokenizer, prompt, chat), max_new_tokens, **options)
+
+
+def encode(model: str | Path, tokenizer: Tokenizer, prompt: str, chat: bool) -> list[int]:
+    """Token ids of a prompt. Raises BadInput where there are none, or no chat template."""
+    if not chat:
+        ids = list(tokenizer.encode(prompt))
+    else:
+        whole = _transformers_tokenizer(_folder(model))
+        if not getattr(whole, "chat_template", None):
+            raise BadInput(f"{model}: the tokenizer has no chat template", "leave --chat out")
+        said = whole.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+        )
+        ids = whole.encode(said, add_special_tokens=False)
+    if not ids:
+        raise BadInput("the prompt is empty", "give some text with --prompt")
+    return ids
+
+
+def tokenizer_of(model: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Tokenizer:
+    """The tokenizer of a checkpoint; its tokenizer.json alone where there is one. Raises BadInput without any."""
+    folder = open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code).path
+    if (folder / "tokenizer.json").is_file():
+        return _Fast(folder / "tokenizer.json")
+    return _transformers_tokenizer(folder)
+
+
+def _folder(model: str | Path) -> Path:
+    return open_checkpoint(model).path
+
+
+class _Fast:
+    """A tokenizer.json, which needs no transformers."""
+
+    def __init__(self, path: Path) -> None:
+        from tokenizers import Tokenizer
+
+        self.own = Tokenizer.from_file(str(path))
+
+    def encode(self, text: str) -> list[int]:
+        return self.own.encode(text).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.own.decode(ids)
+
+
+def _transformers_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BadInput(
+            f"{folder}: there is no tokenizer that can be read: {first}", "add the tokenizer's files"
+        ) from error
+
+
+def with_transformers(
+    model: str | Path, ids: list[int], tokenizer: Tokenizer, max_new_tokens: int, spent: Spent, **options: Any
+) -> Iterator[str]:
+    """The same from transformers' own generate, for models whose step taut cannot compile."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
+
+    torch.manual_seed(options.pop("seed", 0))
+    drawn = {name: value for name, value in options.items() if value is not None}
+    sampling = {"do_sample": True, **drawn} if drawn.get("temperature") else {"do_sample": False}
+    folder = _folder(model)
+    own: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    streamer: Any = TextIteratorStreamer(AutoTokenizer.from_pretrained(folder), skip_prompt=True)
+    prompt = torch.tensor([ids])
+    given = {"inputs": prompt, "max_new_tokens": max_new_tokens, "streamer": streamer, **sampling}
+    begun = time.perf_counter()
+    threading.Thread(target=own.generate, kwargs=given, daemon=True).start()
+    spent.prompt_tokens = len(ids)
+    for piece in streamer:
+        spent.tokens += bool(piece)
+        spent.seconds = time.perf_counter() - begun
+        yield piece

@@ -1,0 +1,123 @@
+"""`taut generate`: streams text, ends with one line, falls back aloud; its second start imports no model code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+from typer.testing import CliRunner
+
+import taut
+from taut import generation, show_text
+from taut.checkpoint import BadInput
+from taut.cli import app
+from taut.shrink import tiny_model
+
+DEMO = Path(taut.__file__).parent / "demo" / "model"
+PROMPT = "The king"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def run(*args: str):
+    return CliRunner().invoke(app, ["generate", *args])
+
+
+def test_text_is_that_of_transformers():
+    model = transformers.AutoModelForCausalLM.from_pretrained(DEMO, dtype="float32").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(DEMO)
+    prompt = tokenizer(PROMPT, return_tensors="pt")
+    whole = model.generate(**prompt, max_new_tokens=40, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    expected = tokenizer.decode(whole, skip_special_tokens=True)
+    assert "".join(taut.generate(DEMO, PROMPT, max_new_tokens=40, weights="fp32")) == expected
+
+
+def test_it_streams_and_ends_with_one_line():
+    done = run(str(DEMO), "--prompt", PROMPT, "--max-new-tokens", "20", "--temperature", "0.8", "--seed", "3")
+    assert done.exit_code == 0
+    last = done.stdout.rstrip().splitlines()[-1]
+    assert "tokens/s" in last
+    assert "GB/s" in last
+    assert "slack not known: run `taut machines --measure` once" in last
+    again = run(str(DEMO), "--prompt", PROMPT, "--max-new-tokens", "20", "--temperature", "0.8", "--seed", "3")
+    assert again.stdout.splitlines()[:-1] == done.stdout.splitlines()[:-1]
+
+
+def test_json_is_one_object():
+    done = run(str(DEMO), "--prompt", PROMPT, "--max-new-tokens", "5", "--json")
+    record = json.loads(done.stdout)
+    assert record["tokens"] == 5
+    assert record["ended"] == "length"
+    assert record["bytes"] > 4 * (DEMO / "model.safetensors").stat().st_size * 0.7
+
+
+@pytest.mark.parametrize(
+    ("args", "cause"),
+    [
+        (("--prompt", ""), "the prompt is empty"),
+        (("--prompt", PROMPT, "--max-length", "5000"), "1024 positions"),
+        (("--prompt", "king " * 50, "--max-length", "8"), "window of 8"),
+        (("--prompt", PROMPT, "--chat"), "no chat template"),
+    ],
+)
+def test_bad_input_has_a_cause_and_a_cure(args, cause):
+    done = run(str(DEMO), *args)
+    assert done.exit_code == 2
+    assert cause in done.stderr
+    assert "cure" in done.stderr
+
+
+def test_an_interrupt_ends_cleanly_and_still_says_what_it_took(monkeypatch):
+    stream = generation.pieces
+
+    def interrupted(tokens, tokenizer):
+        for count, piece in enumerate(stream(tokens, tokenizer)):
+            if count == 3:
+                raise KeyboardInterrupt
+            yield piece
+
+    monkeypatch.setattr(generation, "pieces", interrupted)
+    done = run(str(DEMO), "--prompt", PROMPT)
+    assert done.exit_code == 130
+    assert "tokens/s" in done.stdout.splitlines()[-1]
+
+
+def test_what_cannot_be_compiled_falls_back_aloud_on_the_command_line_only(tmp_path):
+    model = tiny_model(transformers.MambaForCausalLM)
+    model.config.vocab_size = model.get_input_embeddings().num_embeddings
+    model.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes((DEMO / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_bytes((DEMO / "tokenizer_config.json").read_bytes())
+    with pytest.raises(BadInput, match="cannot be exported"):
+        taut.compile(tmp_path)
+    text = show_text.Text(str(tmp_path), "a", False, {}, {"max_new_tokens": 3})
+    text.open(lambda what: None)
+    assert text.fallback
+    assert "MambaForCausalLM" in text.fallback
+
+
+def test_a_character_of_several_tokens_comes_whole():
+    tokenizer = generation.tokenizer_of(DEMO)
+    said = "naïve café 漢字 🙂 end"
+    ids = tokenizer.encode(said)
+    shown = list(generation.pieces(iter(ids), tokenizer))
+    assert "".join(shown) == tokenizer.decode(ids)
+    assert not any("\ufffd" in piece for piece in shown)
+
+
+def test_the_second_start_imports_no_model_code():
+    list(taut.generate(DEMO, PROMPT, max_new_tokens=2))
+    code = f"""
+import sys, taut
+list(taut.generate({str(DEMO)!r}, {PROMPT!r}, max_new_tokens=2))
+print([name for name in sys.modules if name.startswith("transformers")])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
