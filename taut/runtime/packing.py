@@ -139,6 +139,7 @@ class Packer:
         for segment in segments:
             if isinstance(segment, Segment):
                 put_waits(records[segment.first : segment.last])
+        put_next(records)
         buffers = {name: self.buffer(name) for name in self.places}
         steps = table_of(table.STEP, [record.fields for record in records])
         attends = table_of(table.ATTENTION, self.attends or [{}])
@@ -317,6 +318,13 @@ def put_waits(records: list[Record]) -> None:
             record.fields["wait"] = 1
             reads, writes = set(), set()
         reads, writes = reads | record.reads, writes | record.writes
+
+
+def put_next(records: list[Record]) -> None:
+    """Tell every step that reads a weight which one does so after it; the last one, which does so in the next run."""
+    readers = [i for i, record in enumerate(records) if record.fields["code"] in (table.LINEAR, table.GLU)]
+    for i, following in zip(readers, readers[1:] + readers[:1], strict=True):
+        records[i].fields["next"] = following
 
 
 def table_of(kind: np.dtype, rows: list[Fields]) -> np.ndarray:

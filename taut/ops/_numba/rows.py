@@ -31,6 +31,8 @@ from taut.ops._numba.simd import (
 )
 
 ROWS = 4
+AHEAD, LINE = 20480, 64
+"""How far ahead to ask for memory, in bytes: four rows at once are more than the hardware foresees."""
 FLOAT32, BFLOAT16, FLOAT16, INT8, INT4_HALF, INT4_FLOAT = range(6)
 """Formats of a weight: three floating ones, int8 with a float32 scale a row, int4 with a scale a group of 32."""
 
@@ -65,13 +67,26 @@ def load_first(builder: Any, address: Any, tag: types.Type, count: Any) -> Any:
     return widen(builder, builder.call(read, [place, ir.Constant(INT32, BITS[tag] // 8), seen, nothing]), tag)
 
 
+def prefetch(builder: Any, address: Any, count: int) -> None:
+    """Ask for `count` cache lines."""
+    place = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [place, INT32, INT32, INT32])
+    ask = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    how = [ir.Constant(INT32, n) for n in (0, 3, 1)]
+    for line in range(count):
+        builder.call(ask, [builder.inttoptr(at(builder, address, (1, LINE * line)), place), *how])
+
+
 @intrinsic(prefer_literal=True)
-def tile(_typing, tag, rows, tokens, w, w_stride, x, x_stride, k, out, out_stride):
-    """out[t, j] = w[j] . x[t] for constant numbers of `rows` and `tokens`; x is float32, padded to 16 with zeros."""
+def tile(_typing, tag, rows, tokens, w, w_stride, ahead, x, x_stride, k, out, out_stride):
+    """out[t, j] = w[j] . x[t] for constant numbers of `rows` and `tokens`; x is float32, padded to 16 with zeros.
+
+    Asks meanwhile for as much memory from `ahead` on as it reads of the weight, where that is an address.
+    """
     height, many, kind = rows.literal_value, tokens.literal_value, types.unliteral(tag)
 
     def generate(_context, builder, _signature, args):
-        _, _, _, w, w_stride, x, x_stride, k, out, out_stride = args
+        _, _, _, w, w_stride, ahead, x, x_stride, k, out, out_stride = args
         sums = [zeros(builder, VECTOR, many) for _ in range(height)]
         zero, lanes = ir.Constant(WORD, 0), ir.Constant(WORD, LANES)
         starts = [at(builder, w, (j, w_stride)) for j in range(height)]
@@ -86,6 +101,9 @@ def tile(_typing, tag, rows, tokens, w, w_stride, x, x_stride, k, out, out_strid
 
         whole = builder.sdiv(k, lanes)
         with upto(builder, zero, whole) as loop:
+            if height == ROWS:
+                used = ROWS * LANES * BITS[kind] // 8
+                prefetch(builder, at(builder, ahead, (loop.index, used)), used // LINE)
             block(builder.mul(loop.index, lanes), lambda place: load(builder, place, kind, LANES))
         start = builder.mul(whole, lanes)
         rest = builder.sub(k, start)
@@ -93,7 +111,7 @@ def tile(_typing, tag, rows, tokens, w, w_stride, x, x_stride, k, out, out_strid
             block(start, lambda place: load_first(builder, place, kind, rest))
         sums_of(builder, sums, out, out_stride)
 
-    return types.void(tag, rows, tokens, *[types.int64] * 7), generate
+    return types.void(tag, rows, tokens, *[types.int64] * 8), generate
 
 
 def look_up(builder: Any, table: Any, codes: Any) -> Any:
@@ -118,18 +136,20 @@ def unpacked(builder: Any, codes: Any, scale: Any) -> list[Any]:
 
 
 @intrinsic(prefer_literal=True)
-def tile_int4(_typing, tag, rows, tokens, w, w_stride, s, s_stride, x, x_stride, groups, out, out_stride):
+def tile_int4(_typing, tag, rows, tokens, w, w_stride, ahead, s, s_stride, x, x_stride, groups, out, out_stride):
     """`tile` of int4 codes in `groups` of 32 (16 bytes each, biased by 8), with a scale a group in the tag's format."""
     height, many, kind = rows.literal_value, tokens.literal_value, types.unliteral(tag)
 
     def generate(_context, builder, _signature, args):
-        _, _, _, w, w_stride, s, s_stride, x, x_stride, groups, out, out_stride = args
+        _, _, _, w, w_stride, ahead, s, s_stride, x, x_stride, groups, out, out_stride = args
         sums = [zeros(builder, VECTOR, many) for _ in range(height)]
         starts = [at(builder, w, (j, w_stride)) for j in range(height)]
         scales = [at(builder, s, (j, s_stride)) for j in range(height)]
         inputs = [at(builder, x, (t, x_stride)) for t in range(many)]
         with upto(builder, ir.Constant(WORD, 0), groups) as loop:
             values = []
+            if height == ROWS:
+                prefetch(builder, at(builder, ahead, (loop.index, LINE)), 1)
             for row, scale in zip(starts, scales, strict=True):
                 place = builder.inttoptr(at(builder, row, (loop.index, 16)), BYTES.as_pointer())
                 factor = load(builder, at(builder, scale, (loop.index, BITS[kind] // 8)), kind, 1)
@@ -142,65 +162,74 @@ def tile_int4(_typing, tag, rows, tokens, w, w_stride, s, s_stride, x, x_stride,
                         multiply_add(builder, sums[j][t], values[j][half], value)
         sums_of(builder, sums, out, out_stride)
 
-    return types.void(tag, rows, tokens, *[types.int64] * 9), generate
+    return types.void(tag, rows, tokens, *[types.int64] * 10), generate
 
 
 @njit(**JIT)
-def tiles(w, w_stride, x, x_stride, tokens, k, out, out_stride, tag):
+def tiles(w, w_stride, ahead, x, x_stride, tokens, k, out, out_stride, tag):
     """Four rows by any number of tokens."""
     t = 0
     while t + 4 <= tokens:
-        tile(tag, ROWS, 4, w, w_stride, x + t * x_stride, x_stride, k, out + t * out_stride, out_stride)
+        tile(tag, ROWS, 4, w, w_stride, ahead, x + t * x_stride, x_stride, k, out + t * out_stride, out_stride)
         t += 4
     if t + 2 <= tokens:
-        tile(tag, ROWS, 2, w, w_stride, x + t * x_stride, x_stride, k, out + t * out_stride, out_stride)
+        tile(tag, ROWS, 2, w, w_stride, ahead, x + t * x_stride, x_stride, k, out + t * out_stride, out_stride)
         t += 2
     if t < tokens:
-        tile(tag, ROWS, 1, w, w_stride, x + t * x_stride, x_stride, k, out + t * out_stride, out_stride)
+        tile(tag, ROWS, 1, w, w_stride, ahead, x + t * x_stride, x_stride, k, out + t * out_stride, out_stride)
 
 
 @njit(**JIT)
-def tiles_int4(w, w_stride, s, s_stride, x, x_stride, tokens, groups, out, out_stride, tag):
+def tiles_int4(w, w_stride, ahead, s, s_stride, x, x_stride, tokens, groups, out, out_stride, tag):
     t = 0
     while t + 4 <= tokens:
-        at = x + t * x_stride
-        tile_int4(tag, ROWS, 4, w, w_stride, s, s_stride, at, x_stride, groups, out + t * out_stride, out_stride)
+        at, to = x + t * x_stride, out + t * out_stride
+        tile_int4(tag, ROWS, 4, w, w_stride, ahead, s, s_stride, at, x_stride, groups, to, out_stride)
         t += 4
     if t + 2 <= tokens:
-        at = x + t * x_stride
-        tile_int4(tag, ROWS, 2, w, w_stride, s, s_stride, at, x_stride, groups, out + t * out_stride, out_stride)
+        at, to = x + t * x_stride, out + t * out_stride
+        tile_int4(tag, ROWS, 2, w, w_stride, ahead, s, s_stride, at, x_stride, groups, to, out_stride)
         t += 2
     if t < tokens:
-        at = x + t * x_stride
-        tile_int4(tag, ROWS, 1, w, w_stride, s, s_stride, at, x_stride, groups, out + t * out_stride, out_stride)
+        at, to = x + t * x_stride, out + t * out_stride
+        tile_int4(tag, ROWS, 1, w, w_stride, ahead, s, s_stride, at, x_stride, groups, to, out_stride)
 
 
 @njit(**JIT)
-def dense(w, x, x_stride, tokens, k, first, last, out, out_stride, tag):
+def further(place, stop, after):
+    """AHEAD bytes on from a place, where what is read goes on at `after` from `stop` on."""
+    return place + AHEAD if place + AHEAD < stop else after + (place + AHEAD - stop)
+
+
+@njit(**JIT)
+def dense(w, x, x_stride, tokens, k, first, last, out, out_stride, after, tag):
     size = k * array(w, 1, tag).itemsize
     row = first
     while row + ROWS <= last:
-        tiles(w + row * size, size, x, x_stride, tokens, k, out + 4 * (row - first), out_stride, tag)
+        at = w + row * size
+        ahead = further(at, w + last * size, after)
+        tiles(at, size, ahead, x, x_stride, tokens, k, out + 4 * (row - first), out_stride, tag)
         row += ROWS
     for r in range(row, last):
         for t in range(tokens):
             to = out + t * out_stride + 4 * (r - first)
-            tile(tag, 1, 1, w + r * size, size, x + t * x_stride, x_stride, k, to, out_stride)
+            tile(tag, 1, 1, w + r * size, size, 0, x + t * x_stride, x_stride, k, to, out_stride)
 
 
 @njit(**JIT)
-def grouped(w, s, x, x_stride, tokens, k, first, last, out, out_stride, tag):
+def grouped(w, s, x, x_stride, tokens, k, first, last, out, out_stride, after, tag):
     groups = k // 32
     size, wide = k // 2, groups * array(s, 1, tag).itemsize
     row = first
     while row + ROWS <= last:
-        to = out + 4 * (row - first)
-        tiles_int4(w + row * size, size, s + row * wide, wide, x, x_stride, tokens, groups, to, out_stride, tag)
+        at, to = w + row * size, out + 4 * (row - first)
+        ahead = further(at, w + last * size, after)
+        tiles_int4(at, size, ahead, s + row * wide, wide, x, x_stride, tokens, groups, to, out_stride, tag)
         row += ROWS
     for r in range(row, last):
         for t in range(tokens):
             to, at = out + t * out_stride + 4 * (r - first), x + t * x_stride
-            tile_int4(tag, 1, 1, w + r * size, size, s + r * wide, wide, at, x_stride, groups, to, out_stride)
+            tile_int4(tag, 1, 1, w + r * size, size, 0, s + r * wide, wide, at, x_stride, groups, to, out_stride)
 
 
 @njit(**JIT)
@@ -213,24 +242,25 @@ def scale_rows(s, tokens, first, last, out, out_stride):
 
 
 @njit(**JIT)
-def products(form, w, s, x, x_stride, tokens, k, first, last, out, out_stride):
+def products(form, w, s, x, x_stride, tokens, k, first, last, out, out_stride, after):
     """out[t, r - first] = (row r of the weight) . x[t] for the rows from first to last; strides are in bytes.
 
-    `form` is one of the formats above; x is float32, its rows padded to a multiple of 16 with zeros.
+    `form` is one of the formats above; x is float32, its rows padded to a multiple of 16 with zeros. `after` is where
+    the caller will read next, which is fetched meanwhile.
     """
     if form == FLOAT32:
-        dense(w, x, x_stride, tokens, k, first, last, out, out_stride, np.float32(0))
+        dense(w, x, x_stride, tokens, k, first, last, out, out_stride, after, np.float32(0))
     elif form == BFLOAT16:
-        dense(w, x, x_stride, tokens, k, first, last, out, out_stride, np.uint16(0))
+        dense(w, x, x_stride, tokens, k, first, last, out, out_stride, after, np.uint16(0))
     elif form == FLOAT16:
-        dense(w, x, x_stride, tokens, k, first, last, out, out_stride, np.int16(0))
+        dense(w, x, x_stride, tokens, k, first, last, out, out_stride, after, np.int16(0))
     elif form == INT8:
-        dense(w, x, x_stride, tokens, k, first, last, out, out_stride, np.int8(0))
+        dense(w, x, x_stride, tokens, k, first, last, out, out_stride, after, np.int8(0))
         scale_rows(s, tokens, first, last, out, out_stride)
     elif form == INT4_HALF:
-        grouped(w, s, x, x_stride, tokens, k, first, last, out, out_stride, np.int16(0))
+        grouped(w, s, x, x_stride, tokens, k, first, last, out, out_stride, after, np.int16(0))
     else:
-        grouped(w, s, x, x_stride, tokens, k, first, last, out, out_stride, np.float32(0))
+        grouped(w, s, x, x_stride, tokens, k, first, last, out, out_stride, after, np.float32(0))
 
 
 @njit(**JIT)
@@ -238,3 +268,16 @@ def share_of(n, part, parts):
     """The part-th share of n rows, in whole tiles."""
     first, last = span((n + ROWS - 1) // ROWS, part, parts)
     return first * ROWS, min(last * ROWS, n)
+
+
+@njit(**JIT)
+def place_of(form, w, k, row):
+    """Where a row of a weight of k inputs begins."""
+    size = k // 2
+    if form == FLOAT32:
+        size = 4 * k
+    elif form == BFLOAT16 or form == FLOAT16:
+        size = 2 * k
+    elif form == INT8:
+        size = k
+    return w + row * size

@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit
 
 from taut.ops._numba.products import activate
-from taut.ops._numba.rows import products, share_of
+from taut.ops._numba.rows import place_of, products, share_of
 from taut.ops._numba.scalar import JIT, array, span, tanh
 from taut.runtime._numba.table import CENTRED, PLAIN
 
@@ -115,14 +115,21 @@ def finished(p, row, t, first):
 
 
 @njit(**JIT)
-def linear(p, rows, scratch, part, parts):
+def beginning(p, part, parts):
+    """Where a thread begins to read the weight of a step."""
+    return place_of(p.form, p.w, p.k, share_of(p.n, part, parts)[0])
+
+
+@njit(**JIT)
+def linear(p, rows, scratch, part, parts, after):
     padded = (p.k + 15) // 16 * 16
     factors = gather(p, rows, scratch, padded)
     out = scratch + 4 * (padded + 1) * rows
     begin, end = share_of(p.n, part, parts)
     for first in range(begin, end, BLOCK):
         last = min(first + BLOCK, end)
-        products(p.form, p.w, p.s, scratch, 4 * padded, rows, p.k, first, last, out, 4 * BLOCK)
+        on = place_of(p.form, p.w, p.k, last) if last < end else after
+        products(p.form, p.w, p.s, scratch, 4 * padded, rows, p.k, first, last, out, 4 * BLOCK, on)
         for t in range(rows):
             row = floats(out + 4 * BLOCK * t, last - first)
             shifted(row, factors[t], p.bias, first)
@@ -130,7 +137,7 @@ def linear(p, rows, scratch, part, parts):
 
 
 @njit(**JIT)
-def glu(p, rows, scratch, part, parts):
+def glu(p, rows, scratch, part, parts, after):
     padded = (p.k + 15) // 16 * 16
     factors = gather(p, rows, scratch, padded)
     gate = scratch + 4 * (padded + 1) * rows
@@ -138,8 +145,10 @@ def glu(p, rows, scratch, part, parts):
     begin, end = share_of(p.n, part, parts)
     for first in range(begin, end, BLOCK):
         last = min(first + BLOCK, end)
-        products(p.form, p.w, p.s, scratch, 4 * padded, rows, p.k, first, last, gate, 4 * BLOCK)
-        products(p.form2, p.w2, p.s2, scratch, 4 * padded, rows, p.k, first, last, up, 4 * BLOCK)
+        other = place_of(p.form2, p.w2, p.k, first)
+        on = place_of(p.form, p.w, p.k, last) if last < end else after
+        products(p.form, p.w, p.s, scratch, 4 * padded, rows, p.k, first, last, gate, 4 * BLOCK, other)
+        products(p.form2, p.w2, p.s2, scratch, 4 * padded, rows, p.k, first, last, up, 4 * BLOCK, on)
         for t in range(rows):
             a, b = floats(gate + 4 * BLOCK * t, last - first), floats(up + 4 * BLOCK * t, last - first)
             shifted(a, factors[t], p.bias, first)

@@ -10,7 +10,7 @@ from numba.core import cgutils
 
 from taut.ops._numba.parallel import together
 from taut.ops._numba.scalar import JIT, intrinsic
-from taut.runtime._numba.dense import combine, glu, linear, normalize
+from taut.runtime._numba.dense import beginning, combine, glu, linear, normalize
 from taut.runtime._numba.place import attend, embed, merge_chunks, turn
 from taut.runtime._numba.table import ATTEND, COMBINE, EMBED, GLU, LINEAR, MERGE, NORMALIZE, TURN
 
@@ -77,9 +77,9 @@ def play(part, parts, steps, attends, first, last, rows, tokens, positions, slot
             waits += 1
             wait_for(counter, waits * parts)
         if p.code == LINEAR:
-            linear(p, rows, mine, part, parts)
+            linear(p, rows, mine, part, parts, beginning(steps[p.next], part, parts))
         elif p.code == GLU:
-            glu(p, rows, mine, part, parts)
+            glu(p, rows, mine, part, parts, beginning(steps[p.next], part, parts))
         elif p.code == TURN:
             turn(a, rows, positions, slots, mine, part, parts)
         elif p.code == ATTEND:
