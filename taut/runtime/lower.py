@@ -24,12 +24,12 @@ from taut.ops.fused_linear import fused_linear
 from taut.ops.layer_norm import layer_norm
 from taut.ops.linear import linear
 from taut.ops.rms_norm import rms_norm
-from taut.ops.rope import rope
-from taut.ops.rope_append import rope_append
 from taut.rewrite import STEP
 from taut.rewrites._fused import options
 from taut.rewrites.decode_attention import decode_attention
 from taut.runtime.gathers import without_gathers
+from taut.runtime.heads import CannotLower, Heads
+from taut.runtime.parts import Convert, Parts
 from taut.runtime.pieces import Gather, Piece, width
 from taut.runtime.step import TOKEN
 from taut.runtime.steps import (
@@ -38,24 +38,17 @@ from taut.runtime.steps import (
     Embed,
     Glu,
     Linear,
-    Norm,
     Normalize,
     Program,
-    Rotary,
     Step,
     Torch,
     View,
     Weight,
 )
 from taut.runtime.tables import BY_POSITION, CONSTANT, LIVE, Tables
-from taut.values import Original, Stacked, reader
 
 aten = torch.ops.aten
 PRODUCTS = (linear, fused_linear, fused_glu, cache_attention, rms_norm, layer_norm)
-
-
-class CannotLower(Exception):
-    """The step touches its caches, or mixes rows, in a way that is not known; the message says where."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,10 +59,6 @@ class Picked:
     index: Tensor
 
 
-Convert = Callable[[Tensor], Weight]
-"""How a matrix is kept that was read from the checkpoint."""
-
-
 def lower(graph: Graph, convert: Convert = Weight) -> Program:
     """The program of a prepared step graph. Raises CannotLower with the reason."""
     return Lowering(graph, convert).program()
@@ -77,15 +66,14 @@ def lower(graph: Graph, convert: Convert = Weight) -> Program:
 
 class Lowering:
     def __init__(self, graph: Graph, convert: Convert) -> None:
-        self.graph, self.tables, self.convert = graph, Tables(graph), convert
+        self.graph, self.tables = graph, Tables(graph)
+        self.parts = Parts(graph, self.tables, convert)
+        self.heads = Heads(graph, self.tables, self.parts)
         self.steps: list[Step] = []
         self.widths: dict[str, int] = {}
         self.at: dict[fx.Node, Any] = {}
         self.made_by: dict[str, Step] = {}
         self.pending: list[fx.Node] = []
-        self.heads: dict[fx.Node, Attention] = {}
-        self.absorbed: set[fx.Node] = set()
-        self.memo: dict[Any, Any] = {}
         self.words: dict[Any, Callable[[Any], bool]] = {
             aten.embedding.default: self._embedding,
             linear: self._linear,
@@ -100,11 +88,8 @@ class Lowering:
         }
 
     def program(self) -> Program:
-        for node in self.graph.calls(cache_attention):
-            self._plan_attention(node)
-        self._absorb()
         for node in self.graph.nodes:
-            if node.op == "call_function" and self.tables.kinds[node] == LIVE and node not in self.absorbed:
+            if node.op == "call_function" and self.tables.kinds[node] == LIVE and node not in self.heads.absorbed:
                 self._node(node)
         result: Any = self.graph.output.args[0]
         logits = self._row(result[0])
@@ -160,7 +145,7 @@ class Lowering:
     def _moved(self, node: Any, index: Tensor) -> Any:
         """A movement of an index array; what it picks by is a constant that is known here."""
         if node.target in GATHERS:
-            return call(node, lambda n: index if n is node.args[0] else self._constant(n), torch.device("cpu"))
+            return call(node, lambda n: index if n is node.args[0] else self.parts.constant(n), torch.device("cpu"))
         return move(node, index)
 
     def _picked(self, base: View | Picked, index: Tensor) -> View | Picked:
@@ -204,7 +189,7 @@ class Lowering:
         nodes, self.pending = self._with_movements(self.pending), []
         inside = set(nodes)
         outside = [n for node in nodes for n in node.all_input_nodes if n not in inside]
-        constants = {n: self._constant(n) for n in outside if self.tables.kinds[n] == CONSTANT}
+        constants = {n: self.parts.constant(n) for n in outside if self.tables.kinds[n] == CONSTANT}
         inputs = tuple(dict.fromkeys(n for n in outside if self.tables.kinds[n] != CONSTANT))
         views = tuple(self._row(n) for n in inputs)
         outs = tuple(n for n in nodes if isinstance(n.meta["val"], Tensor) and any(u not in inside for u in n.users))
@@ -238,40 +223,13 @@ class Lowering:
         self.made_by[name] = step
         return View(name, 0, self.widths[name])
 
-    def _constant(self, node: fx.Node) -> Tensor:
-        if node not in self.memo:
-            self.memo[node] = self.tables.constant(node)
-        return self.memo[node]
-
-    def _weight(self, node: fx.Node) -> Weight:
-        """A matrix as it is stored: what only moves a parameter keeps its dtype."""
-        if node not in self.memo:
-            self.memo[node] = self.convert(self._stored(node))
-        return self.memo[node]
-
-    def _stored(self, node: Any) -> Tensor:
-        if node.op == "placeholder" and node.meta["kind"] == "parameter":
-            return stored(self.graph, node.meta["tensor"])
-        if is_move(node) and self.tables.kinds[node.args[0]] == CONSTANT:
-            return move(node, self._stored(node.args[0])).contiguous()  # type: ignore[union-attr]
-        return self._constant(node)
-
-    def _vector(self, node: Any) -> Tensor | None:
-        return None if node is None else self._constant(node).flatten().float()
-
-    def _norm_of(self, given: dict[str, Any]) -> Norm | None:
-        if given.get("eps") is None:
-            return None
-        gain, shift = self._vector(given.get("gain")), self._vector(given.get("shift"))
-        return Norm(float(given["eps"]), gain, shift, bool(given.get("centred", False)))
-
     # Words
 
     def _embedding(self, node: Any) -> bool:
         table, index = node.args[:2]
         if self.tables.kinds[table] != CONSTANT or not self._is_token(index) or len(node.args) > 3:
             return False
-        self.at[node] = self._emit(Embed(self._new(width(node)), self._weight(table)))
+        self.at[node] = self._emit(Embed(self._new(width(node)), self.parts.weight(table)))
         return True
 
     def _is_token(self, node: Any) -> bool:
@@ -287,9 +245,9 @@ class Lowering:
         self.at[node] = self._emit(
             Linear(
                 x=self._row(x),
-                weight=self._weight(weight),
-                bias=self._vector(given.get("bias")),
-                norm=self._norm_of(given),
+                weight=self.parts.weight(weight),
+                bias=self.parts.vector(given.get("bias")),
+                norm=self.parts.norm_of(given),
                 activation=given.get("act"),
                 scale=given.get("factor", 1.0),
                 softcap=given.get("softcap"),
@@ -304,32 +262,18 @@ class Lowering:
         given = dict(node.kwargs)
         if width(x) != shape(x)[-1]:
             return False
-        biases = self._vector(given.get("gate_bias")), self._vector(given.get("up_bias"))
-        row, norm = self._row(x), self._norm_of(given)
-        step = Glu(self._new(width(node)), row, self._weight(gate), self._weight(up), act, *biases, norm)
+        biases = self.parts.vector(given.get("gate_bias")), self.parts.vector(given.get("up_bias"))
+        row, norm = self._row(x), self.parts.norm_of(given)
+        step = Glu(self._new(width(node)), row, self.parts.weight(gate), self.parts.weight(up), act, *biases, norm)
         self.at[node] = self._emit(step)
         return True
 
     def _norm(self, node: Any) -> bool:
-        x, norm = node.args[0], self._own_norm(node)
+        x, norm = node.args[0], self.parts.own_norm(node)
         if norm is None or width(x) != shape(x)[-1]:
             return False
         self.at[node] = self._emit(Normalize(x=self._row(x), norm=norm, out=self._new(width(node))))
         return True
-
-    def _own_norm(self, node: Any) -> Norm | None:
-        centred = node.target is layer_norm
-        names = ("gain", "bias", "eps") if centred else ("gain", "eps")
-        given: dict[str, Any] = (
-            {"eps": 1e-5 if centred else 1e-6} | dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
-        )
-        vectors = [given.get("gain"), given.get("bias")]
-        if not isinstance(given["eps"], float | int) or any(v is not None and not self._fits(v, node) for v in vectors):
-            return None
-        return Norm(float(given["eps"]), self._vector(vectors[0]), self._vector(vectors[1]), centred)
-
-    def _fits(self, vector: fx.Node, node: fx.Node) -> bool:
-        return self.tables.kinds[vector] == CONSTANT and width(vector) == shape(node)[-1]
 
     def _sum(self, node: Any) -> bool:
         if node.kwargs or not all(isinstance(arg, fx.Node) for arg in node.args):
@@ -384,7 +328,7 @@ class Lowering:
             rows = self.tables.table(source.args[1]).flatten()
             offset = int(rows[0])
             if torch.equal(rows, torch.arange(offset, offset + len(rows))):
-                return Weight(self._stored(source.args[0])), offset
+                return Weight(self.parts.stored(source.args[0])), offset
         return Weight(self.tables.table(node).reshape(self.tables.max_length, -1).float()), 0
 
     def _product(self, node: Any) -> bool:
@@ -393,7 +337,7 @@ class Lowering:
         one, two = node.args
         if not isinstance(one, fx.Node) or self.tables.kinds[one] != LIVE:
             one, two = two, one
-        number = self._number(two)
+        number = self.parts.number(two)
         if number is not None and isinstance(one, fx.Node):
             if node.target is aten.div.Tensor:
                 if one is not node.args[0]:
@@ -407,13 +351,6 @@ class Lowering:
         self.at[node] = self._emit(Combine(self._new(width(node)), a, b, product=True))
         return True
 
-    def _number(self, value: Any) -> float | None:
-        if isinstance(value, int | float):
-            return float(value)
-        if isinstance(value, fx.Node) and self.tables.kinds[value] == CONSTANT and width(value) == 1:
-            return float(self._constant(value))
-        return None
-
     def _scaled(self, node: fx.Node, x: fx.Node, number: float) -> bool:
         step = self._embedded(x)
         if step is not None and step.positions is None:
@@ -423,80 +360,8 @@ class Lowering:
             self.at[node] = self._emit(Combine(self._new(width(node)), self._row(x), scale=number))
         return True
 
-    # Attention
-
-    def _plan_attention(self, node: Any) -> None:
-        """What of the heads' norms and turns goes into the attention's own step."""
-        q, keys, values = node.args[:3]
-        found = [self._cached(part) for part in (keys, values)]
-        (layer, k_turn, k), (other, v_turn, v) = found
-        if layer != other or v_turn is not None:
-            raise CannotLower(f"{node.name} in {node.meta.get('where')}: keys and values are of different layers")
-        q_turn, q = self._turned(q)
-        if k_turn is None:
-            k_turn, k = self._turned(k)
-        q_norm, q_inner = self._head_norm(q)
-        k_norm, k_inner = self._head_norm(k)
-        rotary = [None if turn is None else self._rotary(*turn) for turn in (q_turn, k_turn)]
-        nodes = {"q": q_inner, "k": k_inner, "v": v}
-        plan = Attention(layer, nodes, rotary[1], q_norm, k_norm, (keys, values))
-        if rotary[0] is not rotary[1] or (q_turn is not None and rotary[0] is None):
-            raise CannotLower(f"{node.meta.get('where')}: queries and keys are turned by different tables")
-        self.heads[node] = plan
-
-    def _cached(self, node: Any) -> tuple[int, Any, Any]:
-        """(layer, how it is turned, what is appended) of appended keys or values."""
-        layer = int(node.args[0].meta["tensor"].split(".")[1])
-        if node.target is rope_append:
-            _, x, _, *turn = node.args
-            return layer, tuple(turn), x
-        return layer, None, node.args[3]
-
-    def _turned(self, node: Any) -> tuple[Any, Any]:
-        inner = self._same_row(node)
-        return (tuple(inner.args[1:]), inner.args[0]) if is_call(inner, rope) else (None, node)
-
-    def _same_row(self, node: Any) -> Any:
-        """The value before views that leave the row as it is."""
-        while is_move(node) and not is_getitem(node) and isinstance(node.args[0].meta["val"], Tensor):
-            source = node.args[0]
-            index = torch.arange(width(source)).view(shape(source))
-            moved = move(node, index)
-            if moved is None or not torch.equal(moved.flatten(), index.flatten()):
-                break
-            node = source
-        return node
-
-    def _head_norm(self, node: Any) -> tuple[Norm | None, Any]:
-        inner = self._same_row(node)
-        if not is_call(inner, rms_norm, layer_norm) or shape(inner)[-1] == width(inner):
-            return None, node
-        norm = self._own_norm(inner) if shape(inner)[-1] == shape(node)[-1] else None
-        return (None, node) if norm is None else (norm, inner.args[0])
-
-    def _rotary(self, cos: Any, sin: Any, interleaved: bool = False) -> Rotary:
-        if (cos, sin, interleaved) not in self.memo:
-            tables = [self.tables.table(node).reshape(self.tables.max_length, -1).float() for node in (cos, sin)]
-            half = tables[0].shape[1] // 2
-            parts = [(t[:, ::2], t[:, 1::2]) if interleaved else (t[:, :half], t[:, half:]) for t in tables]
-            if any(not torch.equal(one, two) for one, two in parts):
-                raise CannotLower("the two features of a pair are turned by different angles")
-            made = Rotary(parts[0][0].contiguous(), parts[1][0].contiguous(), interleaved)
-            known = (known for known in self.memo.values() if isinstance(known, Rotary) and _same(known, made))
-            self.memo[cos, sin, interleaved] = next(known, made)
-        return self.memo[cos, sin, interleaved]
-
-    def _absorb(self) -> None:
-        """Nodes that only the attentions' own steps read are not lowered on their own."""
-        ends: set[fx.Node] = set(self.heads)
-        kept = {node for plan in self.heads.values() for node in plan.nodes.values()}
-        for node in reversed(list(self.graph.nodes)):
-            inside = bool(node.users) and all(user in ends or user in self.absorbed for user in node.users)
-            if node.op == "call_function" and inside and node not in kept:
-                self.absorbed.add(node)
-
     def _attention(self, node: Any) -> bool:
-        plan = self.heads[node]
+        plan = self.heads.plans[node]
         given = dict(zip(("first", "scale", "softcap", "sinks", "alibi"), node.args[4:], strict=False)) | dict(
             node.kwargs
         )
@@ -522,36 +387,11 @@ class Lowering:
             k_norm=plan.k_norm if first_reader else None,
             softcap=given.get("softcap"),
             first=first if first is not None and bool(first.any()) else None,
-            alibi=self._vector(given.get("alibi")),
-            sinks=self._vector(given.get("sinks")),
+            alibi=self.parts.vector(given.get("alibi")),
+            sinks=self.parts.vector(given.get("sinks")),
         )
         self.at[node] = self._emit(step)
         return True
-
-
-@dataclass(frozen=True, eq=False)
-class Attention:
-    """An attention's parts: the rows it takes, and what is done to them in its own step."""
-
-    layer: int
-    nodes: dict[str, Any]
-    rotary: Rotary | None
-    q_norm: Norm | None
-    k_norm: Norm | None
-    caches: tuple[fx.Node, fx.Node]
-
-
-def stored(graph: Graph, name: str) -> Tensor:
-    """A parameter in the dtype in which it is stored; several stacked are put together as they are."""
-    value = graph.values[name]
-    if isinstance(value, Stacked) and all(isinstance(part, Original) for part in value.parts):
-        read = graph.read or reader(graph.tensors)
-        return torch.cat([read(part.name, None) for part in value.parts if isinstance(part, Original)])
-    return graph.evaluate(name, None)
-
-
-def _same(one: Rotary, two: Rotary) -> bool:
-    return one.interleaved == two.interleaved and torch.equal(one.cos, two.cos) and torch.equal(one.sin, two.sin)
 
 
 def _named(node: fx.Node) -> str:

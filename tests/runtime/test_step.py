@@ -13,6 +13,7 @@ from taut.graph import Graph
 from taut.lift import lift
 from taut.proof import AS_GOOD, SAME_FUNCTION
 from taut.rewrite import STEP, rewrites
+from taut.runtime.engine import Engine
 from taut.runtime.lower import lower
 from taut.runtime.plain import PlainRunner
 from taut.runtime.prepare import prepared, tidied
@@ -116,6 +117,23 @@ def test_teacher_forced_logits_are_as_good_as_the_model_s_own(name):
     assert error(torch.cat(each), true) <= limit
     whole = PlainRunner(program(name), 1).run(ids, torch.arange(STEPS), torch.zeros(STEPS, dtype=torch.long))
     assert error(whole, true) <= limit
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_ragged_batch_of_three_is_as_good_as_each_alone(name):
+    """Prompts of 1, 50 and 13 tokens, then eight steps together, each row at its own position."""
+    ids, true, own = judged(name)
+    engine = Engine(program(name), 3)
+    lengths = [1, 50, 13]
+    found = [engine.prefill(ids[:length], slot)[None] for slot, length in enumerate(lengths)]
+    places = [[length - 1] for length in lengths]
+    for step in range(8):
+        now = [length + step for length in lengths]
+        for slot, row in enumerate(engine.decode(ids[now])):
+            found[slot] = torch.cat((found[slot], row[None]))
+            places[slot].append(now[slot])
+    for slot, place in enumerate(places):
+        assert error(found[slot], true[place]) <= AS_GOOD * max(error(own[place], true[place]), error(own, true))
 
 
 def test_what_has_no_word_is_named():
