@@ -5,8 +5,10 @@
     python benchmarks/norms_table.py                # table and picture from the recorded runs (no GPU)
 
 The variants differ in the norm alone: same layers, same first weights for a seed, same order of the data, same
-optimizer and learning rate, same number of steps. A process a variant compiles its model; then one run at a time has
-the GPU to itself, so that its clock means something. After each run the record is written anew.
+optimizer, warm-up, clipping and number of steps. Each takes the best of the same few learning rates, found in short
+runs of a seed that is not used again. A process a variant compiles its model and records one training step as a CUDA
+graph; then one run at a time has the GPU to itself, so that its clock times the GPU and not the host. After each run
+the record is written anew.
 """
 
 from __future__ import annotations
@@ -56,9 +58,14 @@ class Settings:
     batch: int = 64
     evaluations: int = 12
     held_out_batches: int = 8
-    learning_rate: float = 2e-3
-    least_learning_rate: float = 2e-4
+    learning_rates: tuple[float, ...] = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
+    trial: float = 0.2
+    """Steps of a run that finds a learning rate, as a share of a full run's."""
+    trial_seed: int = 100
+    decay: float = 0.1
+    """The last learning rate of a run, as a share of its greatest."""
     warmup: float = 0.05
+    clip: float = 1.0
     weight_decay: float = 0.1
     seeds: int = 3
 
@@ -192,20 +199,22 @@ def held_out_windows(tokens: Tensor, s: Settings) -> list[Tensor]:
     return list(tokens[starts[:, None] + span].long().split(s.batch))
 
 
-def optimizer(model: nn.Module, s: Settings) -> torch.optim.AdamW:
-    """AdamW; only matrices decay."""
+def optimizer(model: nn.Module, s: Settings, rate: Tensor) -> torch.optim.AdamW:
+    """AdamW; only matrices decay. `rate` is read anew at every step."""
     matrices = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=s.learning_rate, betas=(0.9, 0.95), fused=True)
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True, capturable=rate.device.type == "cuda")
 
 
-def rate(step: int, steps: int, s: Settings) -> float:
+def schedule(step: int, steps: int, s: Settings) -> float:
+    """Share of the greatest learning rate: a linear rise, then a cosine down to `decay`."""
     warm = max(1, round(s.warmup * steps))
     if step < warm:
-        return s.learning_rate * (step + 1) / warm
+        return (step + 1) / warm
     cosine = (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))) / 2
-    return s.least_learning_rate + (s.learning_rate - s.least_learning_rate) * cosine
+    return s.decay + (1 - s.decay) * cosine
 
 
 class Runner:
@@ -215,66 +224,91 @@ class Runner:
         self.name, self.s, self.device = name, s, torch.device(device)
         self.tokens, self.held = (read(data / f"{part}.xz").to(device) for part in ("train", "heldout"))
         self.batches = held_out_windows(self.held, s)
+        self.window = self.batches[0].clone()
         self.model = fresh(name, s, 0).to(device)
+        self.rate = torch.tensor(0.0, device=self.device)
+        self.optimizer = optimizer(self.model, s, self.rate)
+        self.step = self.plain_step
         if self.device.type == "cuda":
             for module in (*self.model.blocks, self.model.head):
                 module.compile()
+            self.step = self.recorded_step()
 
     def loss(self, window: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             return self.model(window)
 
-    def step(self, opt: torch.optim.Optimizer, window: Tensor) -> None:
-        self.loss(window).backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        opt.step()
-        opt.zero_grad()
+    def plain_step(self) -> None:
+        self.loss(self.window).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.s.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def recorded_step(self) -> Callable[[], None]:
+        """`plain_step` as a CUDA graph, after a few that compile it."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.plain_step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.plain_step()
+        return graph.replay
+
+    def reset(self, seed: int) -> None:
+        """Before the first step, in place: a recorded step goes on with the same tensors."""
+        self.model.load_state_dict(fresh(self.name, self.s, seed).state_dict())
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                value.zero_()
 
     def clock(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def seconds_per_step(self, steps: int = 20) -> float:
-        opt, data = optimizer(self.model, self.s), windows(self.tokens, self.s, 0)
-        for _ in range(3):
-            self.step(opt, next(data))
+    def seconds_per_step(self, steps: int) -> float:
+        self.step()
         started = self.clock()
         for _ in range(steps):
-            self.step(opt, next(data))
+            self.step()
         return (self.clock() - started) / steps
 
-    def agreement(self) -> float:
-        """Least cosine, over the matrices, between the compiled model's gradient and the plain one's, at the start."""
-        plain, window = fresh(self.name, self.s, 0).to(self.device), self.batches[0]
-        self.model.load_state_dict(plain.state_dict())
-        gradients = []
+    def agreement(self) -> tuple[float, float]:
+        """The compiled model against the plain one before the first step: difference of the losses, and the least
+        cosine, over the matrices, between their gradients."""
+        plain = fresh(self.name, self.s, 0).to(self.device)
+        self.reset(0)
+        losses, gradients = [], []
         for model in (self.model, plain):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-                loss = model(window)
+                losses.append(model(self.batches[0]))
             matrices = [p for p in model.parameters() if p.ndim == 2]
-            gradients.append(torch.autograd.grad(loss, matrices))
-        return min(F.cosine_similarity(a.flatten(), b.flatten(), 0).item() for a, b in zip(*gradients, strict=True))
+            gradients.append(torch.autograd.grad(losses[-1], matrices))
+        cosines = [F.cosine_similarity(a.flatten(), b.flatten(), 0).item() for a, b in zip(*gradients, strict=True)]
+        return (losses[0] - losses[1]).item(), min(cosines)
 
     def held_out_loss(self) -> float:
         # The training graph without its backward pass: no second compilation.
         return torch.stack([self.loss(batch).detach() for batch in self.batches]).mean().item()
 
-    def train(self, seed: int, steps: int) -> dict[str, Any]:
-        """The record of one run: its curve is [step, seconds of training alone, held-out loss]."""
-        self.model.load_state_dict(fresh(self.name, self.s, seed).state_dict())
-        opt, curve, seconds = optimizer(self.model, self.s), [], 0.0
-        stops = [round(steps * i / self.s.evaluations) for i in range(1, self.s.evaluations + 1)]
+    def train(self, seed: int, steps: int, rate: float, evaluations: int) -> list[list[float | None]]:
+        """A run's curve: [step, seconds of training alone, held-out loss] at each evaluation."""
+        self.reset(seed)
+        curve, seconds = [], 0.0
+        stops = {round(steps * i / evaluations) for i in range(1, evaluations + 1)}
         started = self.clock()
         for step, window in zip(range(1, steps + 1), windows(self.tokens, self.s, seed), strict=False):
-            for group in opt.param_groups:
-                group["lr"] = rate(step - 1, steps, self.s)
-            self.step(opt, window)
+            self.rate.fill_(rate * schedule(step - 1, steps, self.s))
+            self.window.copy_(window)
+            self.step()
             if step in stops:
                 seconds += self.clock() - started
                 curve.append([step, round(seconds, 3), finite(self.held_out_loss())])
                 started = self.clock()
-        return {"norm": self.name, "seed": seed, "curve": curve}
+        return curve
 
 
 def finite(loss: float) -> float | None:
@@ -292,8 +326,8 @@ def prepare(work: Path, data: Path, count: int) -> None:
 
     train_demo.prepare(work)
     data.mkdir(parents=True, exist_ok=True)
-    for part, limit in (("train", count), ("heldout", None)):
-        tokens = train_demo.encode(work / f"{part}.xz", torch.device("cpu"))[:limit]
+    for part, limit in (("train", count), ("heldout", 10**9)):
+        tokens = train_demo.encode(work / f"{part}.xz", torch.device("cpu"), limit)[:limit]
         (data / f"{part}.xz").write_bytes(lzma.compress(tokens.numpy().astype(np.uint16).tobytes(), preset=0))
 
 
@@ -336,23 +370,27 @@ class Worker:
 
 
 def affordable(step_seconds: list[float], seconds: float, tokens: int, s: Settings) -> int:
-    """Steps for every run, such that all seeds of all variants fit into the time and none exceeds its passes."""
+    """Steps for every run, such that all runs of all variants fit into the time and none exceeds its passes."""
     evaluating = s.evaluations * s.held_out_batches / 3
-    by_time = 0.93 * seconds / (s.seeds * sum(step_seconds)) - evaluating
+    runs = s.seeds + len(s.learning_rates) * s.trial
+    by_time = (0.93 * seconds / sum(step_seconds) - s.seeds * evaluating) / runs
     by_data = PASSES * ((tokens - 1) // s.context // s.batch)
     return int(min(by_time, by_data))
 
 
-def times_alone(workers: list[Worker]) -> list[float]:
-    """Seconds per step of each variant, compiled together and then timed one after another."""
+def times_alone(workers: list[Worker]) -> dict[str, float]:
+    """Seconds per step of each variant: compiled together, then timed one after another, three times, the median."""
     for worker in workers:
-        worker.ask("seconds_per_step", 3)
+        worker.ask("seconds_per_step", 1)
     for worker in workers:
         worker.answer()
-    return [worker.call("seconds_per_step", 20) for worker in workers]
+    times = {worker.name: [] for worker in workers}
+    for _, worker in itertools.product(range(3), workers):
+        times[worker.name].append(worker.call("seconds_per_step", 20))
+    return {name: sorted(found)[1] for name, found in times.items()}
 
 
-def heading(s: Settings, tokens: int, steps: int, workers: list[Worker], device: str) -> dict[str, Any]:
+def heading(s: Settings, tokens: int, steps: int, alone: dict[str, float], device: str) -> dict[str, Any]:
     """The record before its runs."""
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
@@ -361,12 +399,22 @@ def heading(s: Settings, tokens: int, steps: int, workers: list[Worker], device:
         "train_tokens": tokens,
         "steps": steps,
         "passes": round(steps * s.batch * s.context / tokens, 3),
-        "parameters": {
-            name: sum(p.numel() for p in fresh(name, s, 0).parameters()) for name in (worker.name for worker in workers)
-        },
-        "compiled_agreement": {worker.name: round(worker.call("agreement"), 6) for worker in workers},
+        "parameters": {name: sum(p.numel() for p in fresh(name, s, 0).parameters()) for name in alone},
+        "step_seconds": {name: round(seconds, 6) for name, seconds in alone.items()},
+        "compiled_agreement": {},
+        "trials": {},
+        "learning_rate": {},
         "runs": [],
     }
+
+
+def choose_rate(worker: Worker, s: Settings, steps: int, record: dict[str, Any]) -> None:
+    """Into the record: held-out loss of a short run with each learning rate, and the rate of the least."""
+    short = max(1, round(s.trial * steps))
+    losses = [worker.call("train", s.trial_seed, short, rate, 1)[-1][2] for rate in s.learning_rates]
+    record["trials"][worker.name] = dict(zip(map(str, s.learning_rates), losses, strict=True))
+    finished = [(loss, rate) for loss, rate in zip(losses, s.learning_rates, strict=True) if loss is not None]
+    record["learning_rate"][worker.name] = min(finished)[1] if finished else min(s.learning_rates)
 
 
 def measure(
@@ -376,21 +424,34 @@ def measure(
     until = time.perf_counter() + seconds
     workers = [Worker(name, s, data, device) for name in names]
     alone = times_alone(workers)
+    told(f"compiled: {alone}", until)
     tokens = len(read(data / "train.xz"))
-    steps = steps or affordable(alone, until - time.perf_counter() - 10, tokens, s)
-    record, longest = heading(s, tokens, steps, workers, device), 0.0
+    agreements = {worker.name: [round(v, 6) for v in worker.call("agreement")] for worker in workers}
+    told(f"compiled against plain: {agreements}", until)
+    steps = steps or affordable(list(alone.values()), until - time.perf_counter() - 10, tokens, s)
+    record, longest = heading(s, tokens, steps, alone, device), 0.0
+    record["compiled_agreement"] = agreements
+    for worker in workers:
+        choose_rate(worker, s, steps, record)
+    save(record, out)
+    told(f"{steps} steps each; held-out loss by learning rate: {record['trials']}", until)
     for seed, worker in itertools.product(range(s.seeds), workers):
         begun = time.perf_counter()
         if until - begun < longest + 3:
-            print(f"no time for {worker.name}, seed {seed}", file=sys.stderr, flush=True)
+            told(f"no time for {worker.name}, seed {seed}", until)
             continue
-        record["runs"].append(worker.call("train", seed, steps))
+        curve = worker.call("train", seed, steps, record["learning_rate"][worker.name], s.evaluations)
+        record["runs"].append({"norm": worker.name, "seed": seed, "curve": curve})
         save(record, out)
         longest = max(longest, time.perf_counter() - begun)
-        print(f"{worker.name}, seed {seed}: {until - time.perf_counter():.0f} s left", file=sys.stderr, flush=True)
+        told(f"{worker.name}, seed {seed}: {curve[-1]}", until)
     for worker in workers:
         worker.stop()
     return record
+
+
+def told(what: str, until: float) -> None:
+    print(f"[{until - time.perf_counter():.0f} s left] {what}", file=sys.stderr, flush=True)
 
 
 def save(record: dict[str, Any], out: Path) -> None:

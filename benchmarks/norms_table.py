@@ -56,7 +56,7 @@ def examples() -> Iterator[tuple[ModuleType, type[nn.Module], nn.Module, tuple]]
     """Every norm of the folder, with the first of its own test cases."""
     for module in modules(norm.__name__):
         seen = set()
-        for case, arguments in module.cases(made) if techniques._field(module, "Source") else ():
+        for case, arguments in module.cases(made) if techniques.paragraph(module, "Source") else ():
             if type(case).__module__ == module.__name__ and type(case) not in seen:
                 seen.add(type(case))
                 yield module, type(case), case.double(), arguments
@@ -88,7 +88,7 @@ def norms_table() -> str:
         names = ", ".join(name for name, _ in layer.named_parameters()) or "none"
         same = (unchanged(layer, arguments, 4, 0), unchanged(layer, arguments, 1, 1))
         cells = (f"`{kind.__name__}`", formula(kind), names, str(reductions.count), *same,
-                 techniques._field(module, "Source"))  # fmt: skip
+                 techniques.paragraph(module, "Source"))  # fmt: skip
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 
@@ -104,20 +104,30 @@ def spread(values: list[float], digits: int = 3) -> str:
 
 
 def training_table(record: dict[str, Any]) -> str:
-    """A row for each variant: final held-out loss, its difference from RMSNorm seed by seed, and its time."""
+    """A row for each variant: learning rate, final held-out loss, difference from RMSNorm seed by seed, and time."""
     lines = [
-        f"| norm | held-out loss | least to greatest | minus {REFERENCE}, same seed | ms a step, each seed |",
-        "|---|---|---|---|---|",
+        f"| norm | learning rate | held-out loss | least to greatest | minus {REFERENCE}, same seed | ms a step |",
+        "|---|---|---|---|---|---|",
     ]
     reference = final(record, REFERENCE)
     for name in record["parameters"]:
         losses = final(record, name)
         differences = [loss - reference[seed] for seed, loss in losses.items()]
-        seconds = [run["curve"][-1][1] for run in record["runs"] if run["norm"] == name]
-        steps = " / ".join(f"{1000 * second / record['steps']:.1f}" for second in seconds)
-        extent = f"{min(losses.values()):.3f} to {max(losses.values()):.3f}"
-        against = "0" if name == REFERENCE else spread(differences)
-        lines.append(f"| {name} | {spread(list(losses.values()))} | {extent} | {against} | {steps} |")
+        steps = [1000 * run["curve"][-1][1] / record["steps"] for run in record["runs"] if run["norm"] == name]
+        cells = (name, f"{record['learning_rate'][name]:g}", spread(list(losses.values())),
+                 f"{min(losses.values()):.3f} to {max(losses.values()):.3f}",
+                 "0" if name == REFERENCE else spread(differences), spread(steps, 2))  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def trials_table(record: dict[str, Any]) -> str:
+    """Held-out loss of the short runs that chose the learning rates."""
+    rates = record["settings"]["learning_rates"]
+    lines = ["| norm | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|---" * (len(rates) + 1) + "|"]
+    for name, losses in record["trials"].items():
+        shown = [f"{losses[str(rate)]:.2f}" if losses[str(rate)] is not None else "diverged" for rate in rates]
+        lines.append(f"| {name} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
@@ -132,7 +142,7 @@ def picture(record: dict[str, Any], path: Path) -> None:
             at, losses = curves[:, :, column].mean(0), curves[:, :, 2]
             (line,) = axis.plot(at, losses.mean(0), label=name)
             axis.fill_between(at, losses.amin(0), losses.amax(0), color=line.get_color(), alpha=0.15, linewidth=0)
-    axes[0].set(xlabel="steps", ylabel="held-out loss (nats a token)")
+    axes[0].set(xlabel="steps", ylabel="held-out loss (nats a token)", ylim=(2.2, 5.2))
     axes[1].set(xlabel="seconds of training")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     for axis in axes:
@@ -149,10 +159,17 @@ def filled(page: str, name: str, table: str) -> str:
     return pattern.sub(lambda match: f"{match[1]}{table}\n{match[2]}", page)
 
 
+def written(page: str, record: dict[str, Any]) -> str:
+    """The page with all its tables as the code and the record have them."""
+    tables = {"norms": norms_table(), "runs": training_table(record), "trials": trials_table(record)}
+    for name, table in tables.items():
+        page = filled(page, name, table)
+    return page
+
+
 def main() -> None:
     record = json.loads(RECORD.read_text())
-    page = filled(filled(PAGE.read_text(), "norms", norms_table()), "runs", training_table(record))
-    PAGE.write_text(page)
+    PAGE.write_text(written(PAGE.read_text(), record))
     picture(record, PICTURE)
 
 

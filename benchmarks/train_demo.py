@@ -213,15 +213,19 @@ def prepare(work: Path) -> None:
     save_texts(train, work / "train.xz")
 
 
-def encode(path: Path, device: torch.device) -> Tensor:
-    """The texts in `path` as one stream of tokens, [n] int32, each text after an end-of-text token."""
+def encode(path: Path, device: torch.device, limit: float = math.inf) -> Tensor:
+    """The texts in `path` as one stream of tokens, [n] int32, each text after an end-of-text token. It stops after the
+    text that brings it to `limit` tokens."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent / "tokenizer")
     with lzma.open(path, "rt", encoding="utf-8", newline="") as file:
         texts = file.read().split("\0")
-    parts = []
+    parts, count = [], 0
     for start in range(0, len(texts), 2000):
+        if count >= limit:
+            break
         rows = tokenizer(texts[start : start + 2000], return_attention_mask=False)["input_ids"]
         parts += [np.array([0, *ids], dtype=np.int32) for ids in rows]
+        count += sum(len(ids) + 1 for ids in rows)
     return torch.from_numpy(np.concatenate(parts)).to(device)
 
 

@@ -35,6 +35,7 @@ class BlockFormat(Protocol):
     def block(self) -> int: ...
     def quantize(self, x: Tensor) -> Blocks: ...
     def dequantize(self, quantized: Blocks, dtype: torch.dtype = torch.float32) -> Tensor: ...
+    def round(self, x: Tensor) -> Tensor: ...
 
 
 def in_blocks(x: Tensor, block: int) -> Tensor:
@@ -58,14 +59,23 @@ class MX:
     def quantize(self, x: Tensor) -> Blocks:
         """x [..., d], any floating dtype. The shared exponent is that of the block's largest magnitude, less the
         element format's own; what then exceeds the element format saturates. ValueError unless the block divides d."""
-        blocks = in_blocks(x if x.dtype == torch.float64 else x.float(), self.block)
-        absmax = blocks.abs().amax(-1)
-        exponent = (floor_log2(absmax) - self.element.largest_exponent).clamp(-SCALE_BIAS, SCALE_BIAS)
-        values = self.element.round(blocks * power_of_two(-exponent, blocks.dtype)[..., None])
-        finite = absmax.isfinite()
-        codes = self.element.encode(torch.where(finite[..., None], values, 0.0))
+        values, exponent, finite = self._elements(x)
+        codes = self.element.encode(torch.where(finite, values, 0.0))
         scales = (exponent + SCALE_BIAS).masked_fill(~finite, SCALE_NAN)
-        return Blocks(scales.to(torch.uint8), codes.flatten(-2))
+        return Blocks(scales.squeeze(-1).to(torch.uint8), codes.flatten(-2))
+
+    def round(self, x: Tensor) -> Tensor:
+        """What `dequantize(quantize(x))` gives, bit for bit and in x's dtype, without forming the codes."""
+        values, exponent, finite = self._elements(x)
+        return torch.where(finite, values * power_of_two(exponent, values.dtype), torch.nan).flatten(-2).to(x.dtype)
+
+    def _elements(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Elements on their grid [..., d / block, block], and of each block [..., d / block, 1] the shared exponent and
+        whether all of it is finite."""
+        blocks = in_blocks(x if x.dtype == torch.float64 else x.float(), self.block)
+        absmax = blocks.abs().amax(-1, keepdim=True)
+        exponent = (floor_log2(absmax) - self.element.largest_exponent).clamp(-SCALE_BIAS, SCALE_BIAS)
+        return self.element.round(blocks * power_of_two(-exponent, blocks.dtype)), exponent, absmax.isfinite()
 
     def dequantize(self, quantized: Blocks, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values [..., d] in `dtype`; exact in float32 and float64."""

@@ -53,14 +53,15 @@ class Minifloat:
 
         `x` is float32 or float64: bfloat16 and float16 cannot hold the intermediate quotient.
         """
-        exponent = floor_log2(x).clamp(min=self.least_exponent)
-        step = power_of_two(exponent - self.mantissa_bits, x.dtype)
-        return ((x / step).round() * step).clamp(-self.largest, self.largest)
+        steps = floor_log2(x).clamp(min=self.least_exponent) - self.mantissa_bits
+        # Products with powers of two are exact on every device; quotients are not on all.
+        rounded = (x * power_of_two(-steps, x.dtype)).round() * power_of_two(steps, x.dtype)
+        return rounded.clamp(-self.largest, self.largest)
 
     def encode(self, x: Tensor) -> Tensor:
         """Codes (uint8) of values that lie on the format's grid: sign, exponent and mantissa fields from the top."""
         exponent = floor_log2(x).clamp(min=self.least_exponent)
-        mantissa = (x.abs() / power_of_two(exponent - self.mantissa_bits, x.dtype)).long()
+        mantissa = (x.abs() * power_of_two(self.mantissa_bits - exponent, x.dtype)).long()
         magnitude = ((exponent.long() - self.least_exponent) << self.mantissa_bits) + mantissa
         sign = torch.signbit(x).long() << (self.bits - 1)
         return (sign | magnitude).to(torch.uint8)

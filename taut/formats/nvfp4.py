@@ -31,14 +31,23 @@ class NVFP4:
     def quantize(self, x: Tensor) -> Blocks:
         """x [..., d], finite, any floating dtype (float64 is rounded to float32 first). ValueError unless the block
         divides d."""
+        elements, scales, scale = self._elements(x)
+        return Blocks(E4M3.encode(scales).squeeze(-1), E2M1.encode(elements).flatten(-2), scale)
+
+    def round(self, x: Tensor) -> Tensor:
+        """What `dequantize(quantize(x))` gives, bit for bit and in x's dtype, without forming the codes."""
+        elements, scales, scale = self._elements(x)
+        return (elements * (scales * scale.double())).flatten(-2).to(x.dtype)
+
+    def _elements(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Elements on their grid [..., d / block, block], the blocks' scales [..., d / block, 1], and the tensor's."""
         blocks = in_blocks(x.float().double(), self.block)
-        absmax = blocks.abs().amax(-1)
+        absmax = blocks.abs().amax(-1, keepdim=True)
         scale = (absmax.amax() / (E2M1.largest * E4M3.largest)).float()
         per_tensor = torch.where(scale > 0, scale, 1.0).double()
         scales = E4M3.round(absmax / (E2M1.largest * per_tensor))
-        step = (scales * per_tensor)[..., None]
-        codes = E2M1.round(torch.where(step > 0, blocks / step, 0.0))
-        return Blocks(E4M3.encode(scales), E2M1.encode(codes).flatten(-2), scale)
+        step = scales * per_tensor
+        return E2M1.round(torch.where(step > 0, blocks / step, 0.0)), scales, scale
 
     def dequantize(self, quantized: Blocks, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values [..., d], rounded once to `dtype`. ValueError for blocks without a scale for the tensor."""

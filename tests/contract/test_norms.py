@@ -27,7 +27,7 @@ every_case = pytest.mark.parametrize(("module", "index"), CASES)
 def build(module, index: int, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, list[Tensor]]:
     torch.manual_seed(index)
     norm, inputs = list(module.cases(make))[index]
-    return norm.to(dtype), [x.to(dtype) if x.is_floating_point() else x for x in inputs]
+    return norm.to(dtype), [x.to(dtype).requires_grad_() if x.is_floating_point() else x for x in inputs]
 
 
 def outputs(result) -> tuple[Tensor, ...]:
@@ -107,10 +107,20 @@ def test_gradient_is_the_derivative(module, index):
 
 
 @every_case
-def test_compiles_whole(module, index):
+def test_compiles_whole_with_its_gradient(module, index):
     torch._dynamo.reset()
-    norm, inputs = build(module, index)
-    want = run(norm, inputs)
-    got = outputs(torch.compile(norm, fullgraph=True, backend="eager")(*inputs))
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b)
+    plain, inputs = build(module, index)
+    norm = copy.deepcopy(plain)
+    results = [outputs(plain(*inputs)), outputs(torch.compile(norm, fullgraph=True, backend="aot_eager")(*inputs))]
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+    for want, got in zip(*(gradients(result, inputs) for result in results), strict=True):
+        assert (got is None) == (want is None)
+        if want is not None:
+            torch.testing.assert_close(got, want)
+
+
+def gradients(result: tuple[Tensor, ...], inputs: list[Tensor]) -> tuple[Tensor | None, ...]:
+    """Of the outputs with respect to the inputs; None where a unit that is only emulated has none."""
+    upstream = [torch.linspace(-1, 1, y.numel()).view_as(y) for y in result]
+    return torch.autograd.grad(result, [x for x in inputs if x.requires_grad], upstream, allow_unused=True)

@@ -149,3 +149,15 @@ def test_block_floating_point_error_is_within_one_unit_of_the_largest(bits):
 def test_block_floating_point_is_idempotent():
     x = bfp_quantize(torch.randn(100, 32), 16, 8)
     assert torch.equal(bfp_quantize(x, 16, 8), x)
+
+
+@pytest.mark.parametrize("form", [*FORMS, NVFP4()], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_rounding_is_what_the_codes_say_bit_for_bit(form, dtype):
+    torch.manual_seed(0)
+    x = awkward(12, 64).to(dtype)
+    x = x[4:] if isinstance(form, NVFP4) else torch.cat([x, torch.full((1, 64), torch.inf).to(dtype)])
+    want = form.dequantize(form.quantize(x), dtype)
+    got = form.round(x)
+    assert torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0))
+    assert torch.equal(got.signbit(), want.signbit())

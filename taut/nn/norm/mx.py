@@ -47,7 +47,8 @@ class _QuantizedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, rho: Tensor, form: BlockFormat) -> Tensor:
         ctx.save_for_backward(x, rho)
-        return form.dequantize(form.quantize(x * rho), x.dtype)
+        # Compiled by torch 2.11, a result that is a view gets a gradient of zero; a copy gets its own.
+        return form.round(x * rho).clone()
 
     @staticmethod
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor, None, None]:
@@ -95,7 +96,7 @@ class MXNorm(nn.Module):
 
     def quantized(self, x: Tensor) -> Blocks:
         """Scales uint8 [..., d / block] and codes uint8 [..., d] of the normalised x."""
-        return self.form.quantize(wide(x) / self.rms(x))
+        return self.form.quantize(wide(x) * (1 / self.rms(x)))
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Tensor]) -> float:
