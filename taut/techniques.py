@@ -48,7 +48,7 @@ def catalogue() -> list[Technique]:
 def _of(file: ModuleType) -> Iterator[Technique]:
     """The techniques of one file: each of its rewrites and ops, and its modules together."""
     summary = (file.__doc__ or "").strip().splitlines()[:1]
-    source, differs = _field(file, "Source"), _field(file, "Differs")
+    source, differs = paragraph(file, "Source"), paragraph(file, "Differs")
     if not summary or not source:
         return
     classes = []
@@ -69,7 +69,7 @@ def _is_own_module(file: ModuleType, name: str, value: Any) -> bool:
     return own and not name.startswith("_")
 
 
-def _field(file: ModuleType, name: str) -> str:
+def paragraph(file: ModuleType, name: str) -> str:
     """A paragraph `Name: ...` of a file's docstring, on one line."""
     match = re.search(rf"^{name}: (.+?)(?=\n\s*\n|\n(?:Source|Differs): |\Z)", file.__doc__ or "", re.S | re.M)
     return " ".join(match.group(1).split()) if match else ""

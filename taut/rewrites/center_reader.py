@@ -28,7 +28,7 @@ from taut.ops.inv_std import inv_std
 from taut.ops.layer_norm import layer_norm
 from taut.rewrite import TAUT, Exactness, Form, Rewrite, Site
 from taut.rewrites._division import Carrier, absorb, epsilon, leave_out, put_in
-from taut.rewrites.defer_norm import Cut, _cut
+from taut.rewrites.defer_norm import Cut, cut_of
 from taut.values import Centred
 
 aten = torch.ops.aten
@@ -79,7 +79,7 @@ def _centring(graph: Graph, norm: Any, used: dict[str, set[fx.Node]]) -> Centrin
         if spot.order is not None and len(spot.order) != graph.tensors[spot.parameter].shape[spot.axis]:
             return f"{spot.parameter} is read only in part"
         products.add(product.node)
-    cut = _cut(graph, norm)
+    cut = cut_of(graph, norm)
     return cut if isinstance(cut, str) else _owned(graph, Centring(norm, weights), products, used)
 
 
@@ -103,7 +103,7 @@ def change(graph: Graph, chosen: list[Site]) -> None:
 
 def _put_off(graph: Graph, norm: Any, where: str) -> None:
     """Leave the norm's input as it is, and put the scalar in where it is needed."""
-    cut: Cut | str = _cut(graph, norm)
+    cut: Cut | str = cut_of(graph, norm)
     if isinstance(cut, str):
         raise ValueError(f"center_reader at {where}: {cut}")
     x = norm.args[0]

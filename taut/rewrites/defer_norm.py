@@ -43,10 +43,10 @@ class Cut:
 
 
 def sites(graph: Graph, form: Form) -> list[Site]:
-    return per_site(graph, _cut)
+    return per_site(graph, cut_of)
 
 
-def _cut(graph: Graph, norm: fx.Node) -> Cut | str:
+def cut_of(graph: Graph, norm: fx.Node) -> Cut | str:
     """The cheaper of the two places, or in words why deferring is of no use."""
     far = reach(graph, norm)
     if not far.frontier:
@@ -88,7 +88,7 @@ def _size(node: fx.Node) -> int:
 def change(graph: Graph, chosen: list[Site]) -> None:
     for site in chosen:
         norm = site.detail
-        cut = _cut(graph, norm)
+        cut = cut_of(graph, norm)
         if isinstance(cut, str):
             raise ValueError(f"defer_norm at {site.where}: {cut}")
         value = divided(graph, norm)
