@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from taut.checkpoint import BadInput
-from taut.cost import Cost, costs
+from taut.cost import Cost, costs, decodes
 from taut.graph import Graph
 from taut.lift import lift
 from taut.machine import Machine, measured
 from taut.machine import choose as choose_machine
-from taut.plans import BadPlan, Plan, all_sites, make_plan
+from taut.plans import BadPlan, Plan, all_sites, make_plan, plan_and_apply
 from taut.proof import Evidence
 from taut.rewrite import Site
 
@@ -42,9 +42,13 @@ class Inspection:
     graph: Graph | None = field(default=None, repr=False)
     costs: list[Cost] = field(default_factory=list, repr=False)
     machine: Machine | None = field(default=None, repr=False)
+    evidence: dict[str, Any] | None = None
+    step: bool = False
+    dtype: torch.dtype | None = None
 
     def as_dict(self, ops: bool = False) -> dict[str, Any]:
-        shown = {k: v for k, v in vars(self).items() if k not in ("graph", "costs", "machine")}
+        inner = ("graph", "costs", "machine", "step", "dtype")
+        shown = {k: v for k, v in vars(self).items() if k not in inner}
         cost = [found.as_dict(self.machine, ops) for found in self.costs]
         return shown | {"machine": self.machine.name if self.machine else None, "cost": cost}
 
@@ -95,8 +99,22 @@ def inspect(
     opened = open_model(model, revision, trust_remote_code, untie, weights=False)
     graph = lift(opened.writable_graph(outputs))
     found = _inspection(str(model), opened.meta, graph, _dtype(dtype) or opened.dtype, here)
+    found.evidence = (opened.checkpoint.prior.record or {}).get("evidence")
     found.prior = opened.checkpoint.prior.marks | ({"taut": "rewritten"} if opened.checkpoint.prior.record else {})
     return found
+
+
+def write_page(found: Inspection, path: Path, form: str = "taut") -> None:
+    """Write what was inspected as one self-contained HTML page, with what a plan would change about it.
+
+    Raises BadInput where the file cannot be written.
+    """
+    from taut.report import inspection_page, write
+
+    if found.graph is None:
+        raise ValueError("there is no graph to report on")
+    made, after = plan_and_apply(found.graph, form)
+    write(inspection_page(found, made, costs(after, found.step, found.dtype)), path)
 
 
 def _inspection(
@@ -116,8 +134,10 @@ def _inspection(
         idle_bytes=sum(p.nbytes for p in idle),
         outputs=list(graph.outputs),
         graph=graph,
-        costs=costs(graph, model, dtype),
+        costs=costs(graph, decodes(model), dtype),
         machine=machine,
+        step=decodes(model),
+        dtype=dtype,
     )
 
 
@@ -164,7 +184,7 @@ def plan(
         return made
     from taut import prices
 
-    made = prices.predict(graph, made, here, inside, dtype)
+    made = prices.predict(graph, made, here, decodes(inside), dtype)
     return prices.keep_what_pays(*runnable(), made, progress) if measure else made
 
 

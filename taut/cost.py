@@ -68,6 +68,10 @@ class Item:
     def seconds(self, machine: Machine) -> float:
         return least_time(machine, self.work, self.dtype)
 
+    def computing(self, machine: Machine) -> float:
+        """Seconds for the FLOPs alone."""
+        return self.work.flops / _rate(machine, self.dtype)
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -88,6 +92,14 @@ class Cost:
     items: tuple[Item, ...]
     ends: float
 
+    @property
+    def title(self) -> str:
+        """What is counted, in words."""
+        step = self.workload
+        if step.name == "decode":
+            return "decode step"
+        return step.name if step.length is None else f"{step.name} of {step.length}"
+
     @cached_property
     def work(self) -> Work:
         """FLOPs and bytes when every call reads its inputs from memory and writes its outputs there."""
@@ -104,7 +116,7 @@ class Cost:
 
     def floor(self, machine: Machine) -> float:
         """Seconds that no fusion can go below: what slack is measured against."""
-        computing = sum(item.work.flops / _rate(machine, item.dtype) for item in self.items)
+        computing = sum(item.computing(machine) for item in self.items)
         return max(computing, self.fused.bytes / machine.bandwidths["memory"].value)
 
     def kinds(self, machine: Machine) -> list[Kind]:
@@ -140,8 +152,9 @@ def least_time(machine: Machine, work: Work, dtype: str) -> float:
 
 
 def _rate(machine: Machine, dtype: str) -> float:
-    """FLOP/s in a dtype; where the machine has none, numbers are widened and computed in float32."""
-    return (machine.peaks.get(dtype) or machine.peaks["float32"]).value
+    """FLOP/s in a dtype; numbers can be widened and computed in float32 where a machine is slow at a dtype."""
+    own, wide = machine.peaks.get(dtype), machine.peaks["float32"].value
+    return own.value if own and (dtype == "float64" or own.value > wide) else wide
 
 
 def cost(graph: Graph, workload: Workload, dtype: torch.dtype | None = None, decodes: bool = False) -> Cost:
@@ -153,9 +166,8 @@ def cost(graph: Graph, workload: Workload, dtype: torch.dtype | None = None, dec
     return _Count(graph, workload, dtype, decodes).count()
 
 
-def costs(graph: Graph, model: Any, dtype: torch.dtype | None = None) -> list[Cost]:
-    """What a model's graph costs at the workloads that suit it."""
-    step = decodes(model)
+def costs(graph: Graph, step: bool, dtype: torch.dtype | None = None) -> list[Cost]:
+    """What a graph costs at the workloads that suit it; `step` says that the model generates, see `decodes`."""
     return [cost(graph, workload, dtype, step) for workload in workloads(graph, step)]
 
 

@@ -31,17 +31,17 @@ class Measured:
     slower: bool
 
 
-def predict(graph: Graph, plan: Plan, machine: Machine, model: Any, dtype: torch.dtype | None = None) -> Plan:
+def predict(graph: Graph, plan: Plan, machine: Machine, step: bool, dtype: torch.dtype | None = None) -> Plan:
     """The plan with the predicted saving of each step on a machine, those that save most first.
 
     Each call takes its least time, and the machine's cost of a call where that is known. `graph` is the lifted graph
-    that the plan was made for, `dtype` that of its float32 values.
+    that the plan was made for, `dtype` that of its float32 values; `step` says that the model generates.
     """
-    before, prices = costs(graph, model, dtype), []
-    for number, step in enumerate(plan.steps):
-        graph = apply_step(graph, step, plan.form)
-        after = costs(graph, model, dtype)
-        prices += [_price(number, step.rewrite, b, a, machine) for b, a in zip(before, after, strict=True)]
+    before, prices = costs(graph, step, dtype), []
+    for number, change in enumerate(plan.steps):
+        graph = apply_step(graph, change, plan.form)
+        after = costs(graph, step, dtype)
+        prices += [_price(number, change.rewrite, b, a, machine) for b, a in zip(before, after, strict=True)]
         before = after
     order = [found.workload.name for found in before]
     ranked = sorted(prices, key=lambda price: (order.index(price.workload), -price.seconds))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
@@ -13,7 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 
 from taut import show_cost
-from taut.words import console, size, together
+from taut.words import console, general, size, together
 
 if TYPE_CHECKING:
     from taut.api import Applied, Inspection
@@ -59,15 +58,11 @@ def _sites(rows: list[Row]) -> None:
         console.print(f"\n[bold]{rewrite}[/bold]  {len(applying)} of {_count(len(members), 'site')}")
         if applying:
             _verdict("[green]applies[/green]", applying, "")
-        for general in dict.fromkeys(_general(reason) for _, _, reason in members if reason):
-            refused = [(where, reason) for _, where, reason in members if reason and _general(reason) == general]
+        for kind in dict.fromkeys(general(reason) for _, _, reason in members if reason):
+            refused = [(where, reason) for _, where, reason in members if reason and general(reason) == kind]
             reasons = dict.fromkeys(reason for _, reason in refused)
             said = next(iter(reasons)) if len(reasons) == 1 else f"e.g. {next(iter(reasons))}"
             _verdict("[yellow]refused[/yellow]", [where for where, _ in refused], said)
-
-
-def _general(reason: str | None) -> str:
-    return re.sub(r"\d+", "N", reason or "")
 
 
 def _verdict(word: str, wheres: Iterable[str], reason: str) -> None:
@@ -114,6 +109,7 @@ def _others(rows: list[Row]) -> None:
     grid, without = Table.grid(padding=(0, 2)), []
     for name, rewrite in rewrites().items():
         verdicts = [reason is None for rewrite, _, reason in rows if rewrite == name]
+        verdicts = [True] * sum(verdicts) if rewrite.asked else verdicts  # what nobody asked for is not refused
         if verdicts and name != LISTED:
             grid.add_row("", name, f"{sum(verdicts)} of {_count(len(verdicts), 'site')}", _remarks(rewrite))
         elif not verdicts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 from rich.padding import Padding
@@ -12,6 +13,9 @@ from taut.cost import Cost, Item, Kind
 from taut.machine import Machine
 from taut.plans import Plan, Price
 from taut.words import console, duration, size, together
+
+if TYPE_CHECKING:
+    from taut.benchmark import Bench
 
 LEAST_SHARE = 0.005
 """Kinds of calls below this share of the whole are told as one."""
@@ -52,7 +56,7 @@ def _figures(machine: Machine) -> tuple[str, ...]:
 def floors(costs: Sequence[Cost], machine: Machine | None, ops: bool = False) -> None:
     """What each pass must take on a machine, and which calls take it."""
     if machine is None:
-        told = "; ".join(f"{size(c.fused.bytes)} and {size(c.work.flops, 'FLOP')} a {_name(c)}" for c in costs)
+        told = "; ".join(f"{size(c.fused.bytes)} and {size(c.work.flops, 'FLOP')} a {c.title}" for c in costs)
         console.print(f"\n{told}.\nHow long that takes: --machine NAME, or taut machines --measure.")
         return
     origin = machine.bandwidths["memory"].origin
@@ -63,17 +67,10 @@ def floors(costs: Sequence[Cost], machine: Machine | None, ops: bool = False) ->
         console.print(Padding(table, (0, 0, 0, 2)))
 
 
-def _name(cost: Cost) -> str:
-    step = cost.workload
-    if step.name == "decode":
-        return "decode step"
-    return step.name if step.length is None else f"{step.name} of {step.length}"
-
-
 def _floor(cost: Cost, machine: Machine) -> None:
     context = f" behind {cost.workload.context} tokens" if cost.workload.context else ""
     need = f"{size(cost.fused.bytes)}, {size(cost.work.flops, 'FLOP')}"
-    console.print(f"\n{_name(cost)}{context}: floor [bold]{duration(cost.floor(machine))}[/bold] ({need})")
+    console.print(f"\n{cost.title}{context}: floor [bold]{duration(cost.floor(machine))}[/bold] ({need})")
     apart = f"{duration(cost.one_by_one(machine))} in {len(cost.items)} calls, each from memory to memory:"
     console.print(f"[dim]{apart}[/dim]")
 
@@ -145,3 +142,34 @@ def _measured(price: Price) -> str:
         return ""
     verdict = "" if price.kept else ": dropped"
     return f"measured {duration(price.measured_before)} to {duration(price.measured_after)}{verdict}"
+
+
+def bench(found: Bench) -> None:
+    """Parity first, then the times; nothing but the reason where parity failed."""
+    parity = found.parity
+    worst = "not a number" if parity.worst is None else f"{parity.worst:.3g}"
+    verdict = "[green]the same model[/green]" if parity.passed else "[red]NOT the same model[/red]"
+    console.print(f"{verdict}, {parity.promise}: {parity.steps} steps, worst {worst} (limit {parity.limit:g})")
+    for excuse in parity.excused:
+        margin = f"float64 margin {excuse.margin:.1e}, transformers' own error {excuse.error:.1e}"
+        console.print(f"  excused: another token at step {excuse.step}, {margin}")
+    if not parity.passed:
+        console.print(escape(parity.reason))
+    for name, reason in found.failed.items():
+        console.print(f"[yellow]{escape(name)} could not run[/yellow]: {escape(reason)}")
+    for workload in dict.fromkeys(row.workload for row in found.rows):
+        rows = [row for row in found.rows if row.workload == workload]
+        base = next(row.seconds for row in rows if row.runner == "transformers")
+        length = f" of {found.prompt}" if workload == "prefill" else f" behind {found.prompt} tokens"
+        console.print(f"\n[bold]{workload}[/bold]{length}, {found.weights} weights")
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for heading in ("", "time", "bandwidth", "rate", "slack", "speed-up"):
+            table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+        for row in rows:
+            rates = size(row.bytes / row.seconds, "B/s"), size(row.flops / row.seconds, "FLOP/s")
+            slack = f"{row.slack:.2f}" + (" cache" if row.cached else "")
+            table.add_row(row.runner, duration(row.seconds), *rates, slack, f"{base / row.seconds:.2f}x")
+        console.print(Padding(table, (0, 0, 0, 2)))
+    memory = found.machine.bandwidths["memory"]
+    if found.rows:
+        console.print(f"\n[dim]memory {size(memory.value, 'B/s')}: {escape(memory.source)}[/dim]")

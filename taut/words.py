@@ -54,11 +54,11 @@ def _numbers(numbers: Sequence[int]) -> str:
 
 
 def size(count: float, unit: str = "B") -> str:
-    for prefix in ("", "k", "M", "G"):
+    for prefix in ("", "k", "M", "G", "T"):
         if count < 999.5:
             return f"{count:.3g} {prefix}{unit}".strip()
         count /= 1000
-    return f"{count:.3g} T{unit}"
+    return f"{count:.3g} P{unit}"
 
 
 def duration(seconds: float) -> str:
@@ -67,3 +67,8 @@ def duration(seconds: float) -> str:
         if seconds * factor >= 0.9995:
             return f"{seconds * factor:.3g} {unit}"
     return f"{seconds * 1e9:.3g} ns"
+
+
+def general(reason: str | None) -> str:
+    """A reason without its numbers: what reasons that are alike have in common."""
+    return re.sub(r"\d+", "N", reason or "")

@@ -1,0 +1,356 @@
+"""Before against after in one run: transformers and taut's engine, interleaved, and nothing printed that is not equal.
+
+Parity comes first (see `taut/parity.py`); where it fails there are no numbers. Prefill and decode are timed apart, all
+runners in turn in each round, beside a read of memory, since a machine's speed changes under one's feet.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from importlib import resources
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from taut import machine as machines
+from taut.checkpoint import BadInput
+from taut.cost import Cost, Workload, cost
+from taut.machine import Figure, Machine
+from taut.op import Work
+from taut.parity import BOUNDS, Parity, Runner, bounded, forced, greedy, in_float64, same_function
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+STORED = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5 + 2 / 32}
+"""Bytes of a weight as it lies in memory; int4 has a scale of two bytes a group of 32."""
+Progress = Callable[[str, int, int], None]
+
+
+class Engine(Protocol):
+    """What `taut.compile` gives, as far as it is timed: slot 0 alone is used."""
+
+    def prefill(self, ids: Any, slot: int = 0) -> Tensor: ...
+    def decode(self, tokens: Any) -> Tensor: ...
+    def reset(self, slot: int | None = None) -> None: ...
+
+
+@dataclass
+class Timed:
+    """Seconds a pass (median and best), and what they amount to; slack below 1 means that a cache helped."""
+
+    runner: str
+    workload: str
+    seconds: float
+    best: float
+    bytes: float
+    flops: float
+    slack: float
+
+    @property
+    def cached(self) -> bool:
+        return self.slack < 1
+
+    def as_dict(self) -> dict[str, Any]:
+        rates = {"bytes_per_s": self.bytes / self.seconds, "flops_per_s": self.flops / self.seconds}
+        return asdict(self) | rates | {"cached": self.cached}
+
+
+@dataclass
+class Bench:
+    """One run. `rows` is empty where parity failed; `failed` says which runners could not run, and why."""
+
+    model: str
+    weights: str
+    prompt: int
+    tokens: int
+    parity: Parity
+    machine: Machine
+    rows: list[Timed] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    costs: list[Cost] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return self.parity.passed
+
+    def as_dict(self) -> dict[str, Any]:
+        shown = {"model": self.model, "weights": self.weights, "prompt": self.prompt, "tokens": self.tokens}
+        rows = [row.as_dict() for row in self.rows]
+        shown |= {"parity": self.parity.as_dict(), "rows": rows, "failed": self.failed}
+        return shown | {"machine": asdict(self.machine), "environment": self.environment}
+
+    def save(self, path: Path) -> None:
+        """Raises BadInput where the file cannot be written."""
+        try:
+            path.write_text(json.dumps(self.as_dict(), indent=1) + "\n")
+        except OSError as error:
+            raise BadInput(f"cannot write {path}: {error.strerror}", "name a file in a folder that exists") from error
+
+
+class Eager:
+    """transformers' own forward with its own cache."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.cache = model, None
+
+    def prefill(self, ids: Sequence[int]) -> Tensor:
+        self.cache = None
+        return self._run(ids)
+
+    def step(self, token: int) -> Tensor:
+        return self._run([token])
+
+    @torch.inference_mode()
+    def _run(self, ids: Sequence[int]) -> Tensor:
+        out = self.model(input_ids=torch.tensor([list(ids)]), past_key_values=self.cache, use_cache=True)
+        self.cache = out.past_key_values
+        return out.logits[0, -1]
+
+
+class Compiled(Eager):
+    """The same forward through torch.compile, over a cache of fixed size."""
+
+    def __init__(self, model: Any, length: int) -> None:
+        super().__init__(model)
+        self.length, self.position = length, 0
+        self.forward = torch.compile(model.forward, dynamic=False)
+
+    def prefill(self, ids: Sequence[int]) -> Tensor:
+        from transformers import StaticCache
+
+        self.cache, self.position = StaticCache(self.model.config, max_cache_len=self.length), 0
+        return self._run(ids)
+
+    @torch.no_grad()
+    def _run(self, ids: Sequence[int]) -> Tensor:
+        places = torch.arange(self.position, self.position + len(ids))[None]
+        given = {"past_key_values": self.cache, "use_cache": True, "position_ids": places}
+        out = self.forward(input_ids=torch.tensor([list(ids)]), **given)
+        self.position += len(ids)
+        return out.logits[0, -1]
+
+
+class Ours:
+    """taut's engine on slot 0."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def prefill(self, ids: Sequence[int]) -> Tensor:
+        self.engine.reset(0)
+        return _row(self.engine.prefill(list(ids), 0))
+
+    def step(self, token: int) -> Tensor:
+        return _row(self.engine.decode([token]))
+
+
+def _row(logits: Any) -> Tensor:
+    return torch.as_tensor(logits).reshape(-1, logits.shape[-1])[-1]
+
+
+def bench(
+    model: str | Path | nn.Module,
+    *,
+    weights: str | None = None,
+    all: bool = False,
+    prompt: int = 64,
+    tokens: int = 64,
+    rounds: int = 7,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    compile: Callable[..., Engine] | None = None,
+    progress: Progress | None = None,
+) -> Bench:
+    """Time transformers and taut on a prompt of `prompt` tokens and `tokens` more, after their parity is shown.
+
+    `weights` is fp32, bf16, fp16, int8 or int4, by default the checkpoint's own; `all` adds torch.compile. Raises
+    BadInput for what cannot be used.
+    """
+    tell = progress or (lambda *_: None)
+    tell("loading", 0, 1)
+    loaded, ids, name = _load(model, weights, revision, trust_remote_code, prompt + tokens)
+    stored = weights or _name_of(loaded)
+    make = compile or _engine
+    ours = Ours(make(model, device="cpu", max_length=prompt + tokens + 1, max_batch=1, weights=weights))
+    eager = Eager(loaded)
+    tell("checking parity", 0, 1)
+    parity = _parity(eager, ours, loaded, ids, prompt, tokens, stored)
+    here = machines.measured() or machines.measure(lambda what: tell(what, 0, 1))
+    result = Bench(name, stored, prompt, tokens, parity, here, environment=environment())
+    if not parity.passed:
+        return result
+    runners: dict[str, Runner] = {"transformers": eager, "taut": ours}
+    if all:
+        _add_compiled(runners, result, loaded, ids, prompt, tokens)
+    seconds = _interleaved(runners, ids, prompt, tokens, rounds, result, tell)
+    _fill(result, loaded, seconds)
+    return result
+
+
+def _engine(model: Any, **options: Any) -> Engine:
+    import taut
+
+    make: Any = getattr(taut, "compile", None)
+    if make is None:
+        raise BadInput("this taut has no runtime", "install one that has taut.compile")
+    return make(model, **options)
+
+
+def _load(
+    model: Any, weights: str | None, revision: str | None, remote: bool, length: int
+) -> tuple[Any, list[int], str]:
+    """The model in transformers, token ids of a text (random ones where there is no tokenizer), and its name."""
+    if weights is not None and weights not in STORED:
+        raise BadInput(f"there are no weights {weights!r}", f"name one of {', '.join(STORED)}")
+    dtype = DTYPES.get(weights or "")
+    if isinstance(model, nn.Module):
+        loaded: Any = model if dtype is None else model.to(dtype)
+        return loaded.eval(), _ids(None, loaded, length), type(model).__name__
+    from taut.opened import open_model
+
+    opened = open_model(model, revision, remote)
+    kind: Any = opened.model_class
+    loaded = kind.from_pretrained(opened.checkpoint.path, dtype=dtype or opened.dtype).eval()
+    return loaded, _ids(opened.checkpoint.path, loaded, length), str(model)
+
+
+def _ids(path: Path | None, model: Any, length: int) -> list[int]:
+    window = getattr(model.config, "max_position_embeddings", length)
+    if length > window:
+        raise BadInput(f"{length} tokens do not fit the model's window of {window}", "ask for fewer")
+    text = None if path is None else _text(path)
+    if text:
+        return [text[i % len(text)] for i in range(length)]
+    return torch.randint(model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def _text(path: Path) -> list[int] | None:
+    """The held-out text that comes with taut, in the model's tokens; None for a checkpoint without a tokenizer."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, ImportError):
+        return None
+    return tokenizer((resources.files("taut") / "demo" / "heldout.txt").read_text())["input_ids"]
+
+
+def _name_of(model: nn.Module) -> str:
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return next((name for name, known in DTYPES.items() if known == dtype), "fp32")
+
+
+def _parity(
+    eager: Eager, ours: Runner, model: nn.Module, ids: list[int], prompt: int, tokens: int, weights: str
+) -> Parity:
+    head = ids[:prompt]
+    if weights in BOUNDS:
+        text = ids[prompt:]
+        return bounded(weights, forced(eager, head, text), forced(ours, head, text), text)
+    chosen, original = greedy(eager, head, tokens)
+    found = forced(ours, head, chosen)
+    exact = in_float64(model, head, chosen)
+    return same_function(original, found, exact, DTYPES[weights], chosen if weights == "fp32" else None)
+
+
+def _add_compiled(
+    runners: dict[str, Runner], result: Bench, model: Any, ids: list[int], prompt: int, tokens: int
+) -> None:
+    """torch.compile where it can: what it cannot is said, and its logits are held to the same rule."""
+    name = "torch.compile"
+    try:
+        compiled = Compiled(model, prompt + tokens + 1)
+        chosen, original = greedy(Eager(model), ids[:prompt], tokens)
+        found = forced(compiled, ids[:prompt], chosen)
+    except Exception as error:
+        result.failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+        return
+    exact = in_float64(model, ids[:prompt], chosen)
+    parity = same_function(original, found, exact, next(model.parameters()).dtype)
+    if parity.passed:
+        runners[name] = compiled
+    else:
+        result.failed[name] = f"not the same model: {parity.reason}"
+
+
+def _interleaved(
+    runners: dict[str, Runner], ids: list[int], prompt: int, tokens: int, rounds: int, result: Bench, tell: Progress
+) -> dict[tuple[str, str], list[float]]:
+    """Seconds by runner and workload; a decode step's are the median of its round. The bandwidth is this run's best."""
+    seconds: dict[tuple[str, str], list[float]] = {}
+    best = 0.0
+    size = machines.read_size()
+    for number in range(rounds + 1):
+        tell("timing", number, rounds + 1)
+        probe = machines.read_bandwidth(size, seconds=0.05)
+        best = max(best, probe.value)
+        for name, runner in runners.items():
+            whole, steps = _once(runner, ids, prompt, tokens)
+            if number:  # the first round warms up
+                seconds.setdefault((name, "prefill"), []).append(whole)
+                seconds.setdefault((name, "decode"), []).append(steps)
+    figure = Figure(best, machines.MEASURED, f"best of {rounds + 1} reads of {size / 2**20:.0f} MiB in this run")
+    result.machine = replace(result.machine, bandwidths=result.machine.bandwidths | {"memory": figure})
+    return seconds
+
+
+def _once(runner: Runner, ids: list[int], prompt: int, tokens: int) -> tuple[float, float]:
+    start = time.perf_counter()
+    runner.prefill(ids[:prompt])
+    whole = time.perf_counter() - start
+    steps = []
+    for token in ids[prompt : prompt + tokens]:
+        start = time.perf_counter()
+        runner.step(token)
+        steps.append(time.perf_counter() - start)
+    return whole, median(steps)
+
+
+def _fill(result: Bench, model: nn.Module, seconds: dict[tuple[str, str], list[float]]) -> None:
+    own = _name_of(model)
+    works = {}
+    for found in _costs(model, result.prompt, result.tokens):
+        result.costs.append(found)
+        for weights in {own, result.weights}:
+            works[found.workload.name, weights] = _work(found, STORED[weights] / STORED[own]), found
+    for (name, workload), times in seconds.items():
+        work, found = works[workload, result.weights if name == "taut" else own]
+        floor = max(
+            work.bytes / result.machine.bandwidths["memory"].value,
+            sum(item.computing(result.machine) for item in found.items),
+        )
+        middle = median(times)
+        result.rows.append(Timed(name, workload, middle, min(times), work.bytes, work.flops, middle / floor))
+
+
+def _costs(model: nn.Module, prompt: int, tokens: int) -> Iterator[Cost]:
+    from taut.lift import lift
+    from taut.module import graph_of
+
+    graph = lift(graph_of(model, None, "logits"))
+    yield cost(graph, Workload("prefill", length=prompt), decodes=True)
+    yield cost(graph, Workload("decode", length=1, context=prompt + tokens // 2), decodes=True)
+
+
+def _work(found: Cost, shrunk: float) -> Work:
+    """Weights in another format take `shrunk` times their bytes; the cache stays."""
+    cache = sum(item.held for item in found.items if item.kind == "attention")
+    held = sum(item.held for item in found.items) - cache
+    return Work(found.work.flops, shrunk * held + cache + found.ends)
+
+
+def environment() -> dict[str, Any]:
+    """What a number depends on."""
+    versions = {name: version(name) for name in ("taut", "torch", "transformers", "numba")}
+    where = {"cpu": machines.cpu_name(), "threads": torch.get_num_threads(), "system": platform.platform()}
+    when = datetime.now(UTC).isoformat(timespec="minutes")
+    return versions | where | {"python": platform.python_version(), "time": when}

@@ -1,0 +1,92 @@
+"""The page of `taut bench --html`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from taut.report import page as html
+from taut.report.inspect_page import environment
+from taut.report.roofline import Point, roofline
+from taut.words import duration, size
+
+if TYPE_CHECKING:
+    from taut.benchmark import Bench, Timed
+
+HEADINGS = ("runner", "time", "best", "bandwidth", "rate", "slack", "speed-up")
+
+
+def bench_page(found: Bench) -> str:
+    """What was measured, after what was proved; where the proof failed there is no number."""
+    lead = f"{found.weights} weights, batch 1, {found.prompt} tokens and {found.tokens} more, on {found.machine.name}"
+    body = [html.figures(_headline(found)), _parity(found)] if found.rows else [_parity(found)]
+    if found.rows:
+        body += [_drawing(found), *(_measured(found, workload) for workload in ("decode", "prefill")), _costs(found)]
+    if found.failed:
+        body.append(html.section("Could not run", html.facts(found.failed.items())))
+    name = found.model.rstrip("/").rpartition("/")[2]
+    return html.page(name, "taut bench", lead, [*body, environment()])
+
+
+def _headline(found: Bench) -> list[tuple[str, str]]:
+    pairs = []
+    for workload, what in (("decode", "a decode step"), ("prefill", f"prefill of {found.prompt}")):
+        rows = {row.runner: row for row in found.rows if row.workload == workload}
+        ours, theirs = rows["taut"], rows["transformers"]
+        pairs.append((f"{what} with taut", duration(ours.seconds)))
+        pairs.append((f"speed-up of {what} over transformers", f"{theirs.seconds / ours.seconds:.2f}x"))
+        pairs.append((f"slack of {what}", f"{ours.slack:.2f}"))
+    return pairs
+
+
+def _parity(found: Bench) -> str:
+    parity = found.parity
+    verdict = "the same model" if parity.passed else f"NOT the same model: {parity.reason}"
+    worst = "not a number" if parity.worst is None else f"{parity.worst:.3g}"
+    pairs = [("verdict", verdict), ("promise", parity.promise), ("steps", f"{parity.steps} on the same tokens")]
+    pairs.append(("worst step", f"{worst}, limit {parity.limit:g}"))
+    for excuse in parity.excused:
+        told = f"step {excuse.step}: float64 margin {excuse.margin:.1e} is below transformers' error {excuse.error:.1e}"
+        pairs.append(("excused", told))
+    return html.section("Evidence", html.facts(pairs))
+
+
+def _drawing(found: Bench) -> str:
+    points = []
+    for row in found.rows:
+        name = f"{row.runner}, {row.workload}"
+        points.append(Point(name, row.flops / row.bytes, row.flops / row.seconds, 0.08, row.runner != "taut"))
+    dtype = max(found.costs[0].items, key=lambda item: item.work.flops).dtype
+    peak = (found.machine.peaks.get(dtype) or found.machine.peaks["float32"]).value
+    bandwidth = found.machine.bandwidths["memory"].value
+    drawn = roofline(peak, bandwidth, points, f"Roofline of {found.machine.name} with the measured passes under it")
+    caption = (
+        f"{found.machine.name}: {size(bandwidth, 'B/s')} ({found.machine.bandwidths['memory'].source}), "
+        f"{size(peak, 'FLOP/s')} in {dtype}. Filled: taut. On the line is the floor; the way up to it is slack."
+    )
+    return html.section("Roofline", html.figure(drawn, caption))
+
+
+def _measured(found: Bench, workload: str) -> str:
+    rows = [row for row in found.rows if row.workload == workload]
+    base = next(row.seconds for row in rows if row.runner == "transformers")
+    lines = [_line(row, base / row.seconds) for row in rows]
+    title = "Decode, one token a step" if workload == "decode" else f"Prefill of {found.prompt} tokens"
+    return html.section(title, html.table(f"{title}: medians of interleaved rounds", HEADINGS, lines))
+
+
+def _line(row: Timed, faster: float) -> tuple[str, ...]:
+    slack = f"{row.slack:.2f}" + (" (cache)" if row.cached else "")
+    rates = size(row.bytes / row.seconds, "B/s"), size(row.flops / row.seconds, "FLOP/s")
+    return row.runner, duration(row.seconds), duration(row.best), *rates, slack, f"{faster:.2f}x"
+
+
+def _costs(found: Bench) -> str:
+    """What a pass needs at the least, by op."""
+    tables = []
+    for cost in reversed(found.costs):
+        kinds = cost.kinds(found.machine)
+        lines = [(k.kind, f"{k.calls}", size(k.work.bytes), duration(k.seconds), f"{k.share:.1%}") for k in kinds]
+        headings = ("op", "calls", "bytes", "least time", "share")
+        title = f"Ops of a {cost.title}, in transformers' own dtype"
+        tables.append(html.table(title, headings, lines, [kind.share for kind in kinds]))
+    return html.section("Floors by op", *tables)

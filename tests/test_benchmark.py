@@ -1,0 +1,147 @@
+"""Before against after: parity decides, numbers follow. The engine here is made of transformers itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import architectures
+import pytest
+import torch
+
+from taut import benchmark, machine
+from taut.benchmark import Bench, Eager, bench
+from taut.checkpoint import BadInput
+from taut.machine import Figure, Machine
+from taut.parity import BOUNDS, bounded, forced, greedy, in_float64, same_function
+
+MODEL = Path(__file__).parent.parent / "taut/demo/model"
+SMALL = {"prompt": 8, "tokens": 6, "rounds": 2}
+
+
+class Standin:
+    """The interface of the engine over a module; `wrong` spoils the logits of a step."""
+
+    def __init__(self, model, wrong: float = 0.0) -> None:
+        self.eager, self.wrong, self.steps = Eager(model), wrong, 0
+
+    def prefill(self, ids, slot=0):
+        return self.eager.prefill(ids)
+
+    def reset(self, slot=None):
+        self.eager.cache = None
+
+    def decode(self, tokens):
+        self.steps += 1
+        logits = self.eager.step(tokens[0]).clone()
+        if self.steps == 3:
+            logits += self.wrong * torch.randn(logits.shape)
+        return logits[None]
+
+
+@pytest.fixture(autouse=True)
+def _here(monkeypatch):
+    here = Machine("m", "cpu", dict.fromkeys(("float32", "bfloat16"), Figure(1e12)), {"memory": Figure(1e10)})
+    monkeypatch.setattr(machine, "measured", lambda: here)
+    monkeypatch.setattr(machine, "read_size", lambda: 2**22)
+
+
+def test_numbers_of_equal_models(tmp_path):
+    model = architectures.build("llama")
+    found = bench(model, compile=lambda m, **_: Standin(m), **SMALL)
+    assert found.passed
+    assert found.parity.promise == "ALGEBRAIC"
+    assert [(r.runner, r.workload) for r in found.rows] == [
+        (name, workload) for name in ("transformers", "taut") for workload in ("prefill", "decode")
+    ]
+    assert all(r.best <= r.seconds and r.bytes > 0 and r.slack > 0 for r in found.rows)
+    assert found.machine.bandwidths["memory"].origin == "measured"
+    weights = sum(p.nbytes for p in model.parameters())
+    decode = next(r for r in found.rows if r.workload == "decode")
+    assert decode.bytes == pytest.approx(weights, rel=0.15)  # the table is not read whole, a small cache is
+    found.save(tmp_path / "bench.json")
+    record = json.loads((tmp_path / "bench.json").read_text())
+    assert record["environment"]["torch"] == torch.__version__
+    assert {row["runner"] for row in record["rows"]} == {"transformers", "taut"}
+    assert all(row["bytes_per_s"] > 0 for row in record["rows"])
+
+
+@pytest.mark.parametrize("wrong", [1e-3, float("nan")])
+def test_no_number_where_parity_fails(wrong):
+    found = bench(architectures.build("gpt2"), compile=lambda m, **_: Standin(m, wrong), **SMALL)
+    assert not found.passed
+    assert not found.rows
+    assert "step 3" in found.parity.reason
+
+
+def test_a_checkpoint_in_its_own_dtype():
+    options = {}
+
+    def engine(model, **given):
+        options.update(given, model=model)
+        loaded, _, _ = benchmark._load(model, None, None, False, 14)
+        return Standin(loaded)
+
+    found = bench(MODEL, compile=engine, **SMALL)
+    assert found.passed
+    assert found.weights == "bf16"
+    assert options == {"model": MODEL, "device": "cpu", "max_length": 15, "max_batch": 1, "weights": None}
+
+
+def test_the_rule_of_two_is_judged_in_true_float64():
+    model = architectures.build("llama")
+    tokens, original = greedy(Eager(model), [1, 2, 3], 5)
+    exact = in_float64(model, [1, 2, 3], tokens)
+    again = forced(Eager(model), [1, 2, 3], tokens)
+    assert (original - exact).norm() / exact.norm() < 1e-6
+    assert same_function(original, again, exact, torch.float32, tokens).passed
+    worse = exact + 3 * (original - exact) + 1e-6 * exact.norm(dim=-1, keepdim=True) / exact.shape[-1] ** 0.5
+    verdict = same_function(original, worse, exact, torch.float32)
+    assert not verdict.passed
+    assert verdict.worst > 2
+
+
+def test_another_token_is_excused_only_where_float64_is_undecided():
+    exact = torch.tensor([[1.0, 0.5, 0.0]] * 2000, dtype=torch.float64)
+    exact[7] = torch.tensor([1.0, 1.0 - 1e-9, 0.0])
+    original = exact + 1e-7
+    found = exact.clone()
+    found[7, 1] += 1e-8
+    tokens = [0] * 2000
+    verdict = same_function(original, found, exact, torch.float32, tokens)
+    assert verdict.passed
+    assert [excuse.step for excuse in verdict.excused] == [7]
+    assert not same_function(original[:500], found[:500], exact[:500], torch.float32, tokens[:500]).passed
+    found[9, 1] = 2
+    verdict = same_function(original, found, exact, torch.float32, tokens)
+    assert not verdict.passed
+    assert verdict.differing == 1
+
+
+def test_quantized_weights_have_a_bound_on_perplexity():
+    logits = torch.randn(50, 20, dtype=torch.float64)
+    tokens = torch.randint(20, (50,)).tolist()
+    assert bounded("int8", logits, logits, tokens).passed
+    worse = logits.clone()
+    worse[range(50), tokens] -= 0.02
+    verdict = bounded("int8", logits, worse, tokens)
+    assert not verdict.passed
+    assert verdict.worst > BOUNDS["int8"]
+    assert bounded("int4", logits, worse, tokens).passed
+
+
+def test_bad_input():
+    model = architectures.build("llama")
+    with pytest.raises(BadInput, match="no weights 'fp7'"):
+        bench(model, weights="fp7")
+    with pytest.raises(BadInput, match="do not fit the model's window"):
+        bench(architectures.build("gpt2"), prompt=60, tokens=10)
+
+
+@pytest.mark.slow
+def test_torch_compile_joins_or_says_why_not():
+    found: Bench = bench(architectures.build("llama"), compile=lambda m, **_: Standin(m), all=True, **SMALL)
+    joined = {row.runner for row in found.rows}
+    assert ("torch.compile" in joined) != ("torch.compile" in found.failed)
+    assert dataclasses.asdict(found.parity)["passed"]
