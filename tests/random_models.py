@@ -7,7 +7,7 @@ operation may need any shape. Norms, linear layers and embeddings are ordinary `
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,11 @@ VOCAB, HEADS = 13, 2
 
 @dataclass(frozen=True)
 class Chain:
-    """Operations in a row, each with a number that says how; `start` is what it reads, `end` what becomes of it."""
+    """Operations in a row, each with a number that says how; `start` is what it reads, `end` what becomes of it.
+
+    At the "end" it is put into the stream as it is (raw), through a linear layer, through a norm and a linear layer,
+    in the stream's place (instead), or it is an output.
+    """
 
     start: str
     ops: tuple[tuple[str, int], ...]
@@ -165,30 +169,36 @@ class Pass:
             x = x + norm("after", mixed)
             z = norm("two", x)
             x = x + norm("last", scale * mlp(z))
-        else:
+        elif block.placement == "parallel":
             y = z = norm("one", x)
             mixed = mix(y)
             x = x + mixed + scale * mlp(y)
-        values = {"norm": y, "second": z, "mixed": mixed, "stream": x}
+        else:
+            y = z = mixed = norm("one", x)
+        values = {"norm": y, "second": z, "mixed": mixed, "middle": y}
         for j, chain in enumerate(block.chains):
-            x = self.chain(f"{key}_c{j}", chain, values[chain.start], x, f"out{number}{j}{again}")
+            value = x if chain.start == "stream" else values[chain.start]
+            for i, (op, how) in enumerate(chain.ops):
+                value = OPS[op](self, f"{layer}_c{j}_{i}{op}", value, how, x)
+                values["middle"] = value if i == 0 else values["middle"]
+            if chain.end == "output":
+                self.outputs[f"out{number}{j}{again}"] = value
+                continue
+            if chain.end == "norm":
+                value = self.norm(f"{norm_key}_c{j}_end", block.norm, value)
+            back = self.back(f"{layer}_c{j}_out", chain.end in ("raw", "instead"), value, x)
+            x = back if chain.end == "instead" and back.shape == x.shape else x + back
         return x
 
-    def chain(self, key: str, chain: Chain, value: Tensor, stream: Tensor, output: str) -> Tensor:
-        for i, (op, how) in enumerate(chain.ops):
-            value = OPS[op](self, f"{key}_{i}{op}", value, how, stream)
-        if chain.end == "output":
-            self.outputs[output] = value
-        elif chain.end == "raw" and value.shape[-1] in (1, stream.shape[-1]) and value.ndim == 3:
-            fits = all(v in (1, s) for v, s in zip(value.shape, stream.shape, strict=True))
-            stream = stream + value if fits else stream + value.mean()
-        elif value.ndim == 3 and value.shape[:2] == stream.shape[:2]:
-            stream = stream + self.linear(f"{key}_out", value, stream.shape[-1])
-        elif value.ndim >= 2 and value.shape[0] == stream.shape[0]:
-            stream = stream + self.linear(f"{key}_out", value.flatten(1), stream.shape[-1])[:, None]
-        else:
-            stream = stream + value.mean()
-        return stream
+    def back(self, key: str, raw: bool, value: Tensor, stream: Tensor) -> Tensor:
+        """A value in a shape that may be added to the stream, through a linear layer or as raw as can be."""
+        if raw and value.ndim == 3 and all(v in (1, s) for v, s in zip(value.shape, stream.shape, strict=True)):
+            return value
+        if value.ndim == 3 and value.shape[:2] == stream.shape[:2]:
+            return self.linear(key, value, stream.shape[-1])
+        if value.ndim >= 2 and value.shape[0] == stream.shape[0]:
+            return self.linear(key, value.flatten(1), stream.shape[-1])[:, None]
+        return value.mean()
 
 
 def example(spec: Spec) -> dict[str, Tensor]:
@@ -440,10 +450,6 @@ MLPS["experts"] = _experts
 
 
 Operation = Callable[[Pass, str, Tensor, int, Tensor], Tensor]
-
-
-def _axis(x: Tensor, how: int) -> int:
-    return how % x.ndim
 
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -713,16 +719,122 @@ OPS: dict[str, Operation] = {
 MANY = ("move", "reduce", "elementwise", "pair", "parametric", "norm")
 """Operations with more than six ways."""
 
+NAMES = 4 * [*(name for name in OPS if name != "inplace"), "linear", "linear", "norm", "move"] + ["inplace"]
+"""Writes in place make a trace take three times as long."""
+
 
 @st.composite
 def chains(draw: st.DrawFn) -> Chain:
-    names = draw(st.lists(st.sampled_from([*OPS, "linear", "linear", "norm", "move"]), min_size=0, max_size=5))
+    names = draw(st.lists(st.sampled_from(NAMES), min_size=0, max_size=5))
     ops = tuple((name, draw(st.integers(0, 23 if name in MANY else 5))) for name in names)
     start = draw(st.sampled_from(["norm", "norm", "second", "mixed", "stream"]))
     return Chain(start, ops, draw(st.sampled_from(["linear", "linear", "raw", "output"])))
 
 
 NORM_NAMES = st.sampled_from([*USUAL, *USUAL, *NORMS])
+
+
+def _ways(**ways: str) -> list[tuple[str, int]]:
+    return [(name.replace("_", " "), int(how)) for name, given in ways.items() for how in given.split()]
+
+
+NEAR = {
+    "gain": _ways(
+        rope="0 1 2 0 1 2",
+        move="0 1 2 3 4 5 7 8 9 10 11",
+        reduce="0 1 2 3 5 6 9 10",
+        pair="0 2 4 5 8 9 10 11 14 16",
+        elementwise="3 4 6 7 13 14 15",
+        join="0 1 2 3 4 5",
+        mask="0 1 2 3 4",
+        parametric="0 1 2 3 5 6 7 8 9 10",
+        conv="0 1 2 3 4 5 4 5",
+        depthwise="0 3 4 5",
+        tied_weight="0 1 2 3 4 5 1 2 3",
+        partial_weight="0 1 2 3 4 5",
+        scaled_weight="0 1 2 3 4 5",
+        one_bias="0 1",
+        rank="1 3",
+        pick="0 1 2 3 4 5",
+    ),
+    "mean": _ways(
+        move="0 1 2 3 4 6 7 10 10 11",
+        reduce="0 1 2 3 4 5",
+        elementwise="0 3 4 6 7 15",
+        pair="0 3 8 9 10 12 14",
+        mask="0 1 2 4 5",
+        parametric="0 1 1 2 5 6 9 11",
+        join="0 1 2 3 4",
+        pick="0 1 2 5",
+        linear="0 3",
+        conv="0 4",
+        batch_norm="0 1",
+        attend="0 1",
+        rope="0",
+    ),
+    "scale": _ways(
+        linear="0 3",
+        move="0 1 3 4 5 7 8 9 10 11",
+        elementwise="0 1 2 3 4 4 5 6 7 8 9 10 11 12 15 16 17 18 20 21",
+        reduce="0 1 2 3 4 5 6 7 8 9 11",
+        pair="0 1 2 3 4 5 6 7 8 9 10 13 14 15 17",
+        join="1 2 3 4 5",
+        mask="1 2 3 4 5",
+        parametric="0 1 2 3 4 5 6 7 8 9 10 11",
+        rope="0 1",
+        pick="0 1 2 3 4 5",
+        rank="0 1 2 3 4 5",
+        conv="0 1 4",
+        attend="0 1",
+    ),
+}
+"""Operations through which a norm's gain, a stream's mean or a norm's scalar comes, or might seem to."""
+PASS = _ways(linear="0 1", move="0 2 3 4 5", elementwise="0 3", pair="0 1", reduce="0 3", join="0 2")
+"""Operations that mostly let all of them through."""
+
+
+@st.composite
+def pointed(draw: st.DrawFn, fact: str) -> Chain:
+    """An operation near a fact, and few others: from a norm, from a stream, or from a layer behind a norm."""
+    some = lambda: draw(st.lists(st.sampled_from(PASS), max_size=1)) if draw(st.booleans()) else []  # noqa: E731
+    near = (*some(), draw(st.sampled_from(NEAR[fact])), *some())
+    if fact == "gain":
+        return Chain("norm", near, draw(st.sampled_from(["linear", "linear", "norm"])))
+    if fact == "mean":
+        start = draw(st.sampled_from(["stream", "stream", "norm"]))
+        return Chain(start, near, draw(st.sampled_from(["raw", "norm", "norm", "instead"])))
+    start = draw(st.sampled_from(["norm", "norm", "norm", "middle"]))
+    layer = ("linear", draw(st.sampled_from([0, 1])))
+    return Chain(start, (layer, *near), draw(st.sampled_from(["instead", "norm", "norm", "norm", "linear"])))
+
+
+USED = {
+    "gain": USUAL,
+    "mean": ("layer", "layer without bias", "layer var"),
+    "scale": ("rms", "rms 1+w", "rms divides", "rms without gain", "layer without bias", "layer without gain"),
+}
+
+
+@st.composite
+def probes(draw: st.DrawFn) -> Spec:
+    """A norm, what reads it, and another norm: small models in which little lies between a rule and the outputs."""
+    pick = lambda *options: draw(st.sampled_from(options))  # noqa: E731
+    fact = pick("gain", "mean", "scale", "scale")
+    kinds = st.sampled_from(USED[fact])
+    chain = draw(pointed(fact))
+    block = Block("probe", draw(kinds), "", "", (chain, draw(pointed(fact))) if pick(False, False, True) else (chain,))
+    again = replace(block, norm=draw(kinds), weights_of=pick(None, 0), norm_of=pick(None, None, 0))
+    return Spec(
+        blocks=(block, again) if pick(False, False, False, True) else (block,),
+        final_norm=draw(kinds),
+        tied=pick(False, False, False, True),
+        positions=pick("", "", "learned"),
+        returns=pick((), (), (), ("stream",), ("hidden",)),
+        width=pick(8, 12),
+        batch=pick(2, 2, 2, 1),
+        eps=pick(1e-5, 0.1, 1e-30),
+        head_bias=draw(st.booleans()),
+    )
 
 
 @st.composite
@@ -750,10 +862,12 @@ def blocks(draw: st.DrawFn) -> Block:
 
 
 @st.composite
-def specs(draw: st.DrawFn) -> Spec:
+def transformers(draw: st.DrawFn) -> Spec:
     pick = lambda *options: draw(st.sampled_from(options))  # noqa: E731
+    first = draw(blocks())
+    second = pick(None, None, draw(blocks()), _sharing(first, draw(NORM_NAMES), pick(None, 0)))
     return Spec(
-        blocks=tuple(draw(st.lists(blocks(), min_size=1, max_size=2))),
+        blocks=(first,) if second is None else (first, second),
         final_norm=pick("", *USUAL),
         tied=pick(False, False, True),
         positions=pick("", "learned", "fixed"),
@@ -765,3 +879,13 @@ def specs(draw: st.DrawFn) -> Spec:
         eps=pick(1e-5, 1e-5, 0.1, 1e-30),
         head_bias=pick(False, True),
     )
+
+
+def _sharing(block: Block, norm: str, norm_of: int | None) -> Block:
+    """A block with another's weights, and with its norms or its own."""
+    return replace(block, norm=block.norm if norm_of is not None else norm, norm_of=norm_of, weights_of=0)
+
+
+def specs(whole: int = 1) -> st.SearchStrategy[Spec]:
+    """Probes, and among five models `whole` that are transformers."""
+    return st.one_of(*(transformers() if i < whole else probes() for i in range(5)))

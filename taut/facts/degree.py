@@ -338,8 +338,9 @@ def _contract(walk: _Walk, product: Contraction) -> Scaled | str | None:
 
 
 def _pointwise(product: Contraction) -> bool:
-    window = shape(product.weight)[2:]
-    return all(size == 1 for size in window) and shape(product.x)[2:] == shape(product.node)[2:]
+    """Whether each token of the result is made of the one token in its place."""
+    before, after = shape(product.x)[product.x_axis + 1 :], shape(product.node)[product.out_axis + 1 :]
+    return not product.padded and all(size == 1 for size in shape(product.weight)[2:]) and before == after
 
 
 def _token_product(walk: _Walk, node: fx.Node) -> Scaled | str:

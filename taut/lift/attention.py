@@ -62,6 +62,8 @@ def _eager(graph: Graph, node: fx.Node) -> None:
     product: Any = None if weights is None else _product_with_values(weights)
     if product is None or not _shapes_fit(scores.q, scores.k, product.args[1], False):
         return
+    if shape(node)[:-1] != shape(scores.q)[:-1]:
+        return  # what is added has a batch or heads of its own
     mask = _mask(graph, scores, product)
     _put(graph, product, scores.q, scores.k, product.args[1], mask, scores.scale, False, scores.softcap, scores.sinks)
 
@@ -157,7 +159,9 @@ def _scaled(node: Any) -> Scores | None:
     inside = through_casts(node.args[0])
     if is_call(inside, aten.tanh.default):
         inner = _scores(inside.args[0])
-        if inner is None or inner.softcap is not None or inner.added or node.target is not aten.mul.Tensor:
+        if inner is None or inner.softcap is not None or inner.added or inner.sinks is not None:
+            return None
+        if node.target is not aten.mul.Tensor:
             return None
         return with_(inner, scale=inner.scale * number, softcap=number)
     inner = _scores(inside)

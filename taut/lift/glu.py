@@ -5,6 +5,7 @@ Which activation it is, is found by running it: however it is spelled, it must a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,6 +35,8 @@ ELEMENTWISE = (
 )
 LONGEST = 12
 """Calls in the longest spelling of an activation that is tried."""
+STEEPEST = 64.0
+"""Largest product of the factors in it: a steeper function could be another one between the points tried."""
 
 
 def lift(graph: Graph) -> None:
@@ -51,7 +54,8 @@ def lift(graph: Graph) -> None:
 
 def _is_gate(node: fx.Node, gate: fx.Node, up: fx.Node) -> bool:
     """Both halves are whole, and not functions of one value: x sigmoid(1.7 x) is an activation."""
-    return shape(gate) == shape(up) == shape(node) and len(shape(node)) > 1 and _only_source(node) is None
+    real = gate.meta["val"].is_floating_point()
+    return real and shape(gate) == shape(up) == shape(node) and len(shape(node)) > 1 and _only_source(node) is None
 
 
 def named_activation(node: Any, tried: dict[fx.Node, tuple[str, fx.Node] | None]) -> tuple[str, fx.Node] | None:
@@ -82,17 +86,36 @@ def _sources(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _named(node: fx.Node, x: fx.Node) -> tuple[str, fx.Node] | None:
-    far = torch.logspace(1.0, 4.0, 31, dtype=torch.float64)
+    far, near = torch.logspace(1.0, 4.0, 31, dtype=torch.float64), torch.logspace(-30.0, -1.0, 88, dtype=torch.float64)
     points = torch.cat((torch.linspace(-8.0, 8.0, 257, dtype=torch.float64), far, -far))
+    near = torch.cat((near, -near))
     done: dict[fx.Node, Tensor] = {}
     with Float64():
-        values = _at(node, x, points, done)
-    if any(is_call(inner, aten.relu.default) and through_casts(inner.args[0]) is not x for inner in done):
-        return None  # it may have its kinks anywhere
+        values, close = _at(node, x, points, done), _at(node, x, near, {})
+    if not all(_is_smooth(inner, x) for inner in done) or math.prod(map(_factor, done)) > STEEPEST:
+        return None
     for name in NAMES:
-        if torch.allclose(values, ACTIVATIONS[name](points), rtol=1e-14, atol=1e-15):
+        alike = torch.allclose(values, ACTIVATIONS[name](points), rtol=1e-14, atol=1e-15)
+        if alike and torch.allclose(close, ACTIVATIONS[name](near), rtol=1e-14, atol=0.0):
             return name, x
     return None
+
+
+def _is_smooth(node: fx.Node, x: fx.Node) -> bool:
+    """Whether a step of an activation has no kink and no pole but at zero: it might lie between the points tried."""
+    if is_call(node, aten.relu.default):
+        return through_casts(node.args[0]) is x
+    if is_call(node, aten.pow.Tensor_Scalar):
+        return node.args[1] in (2, 3)
+    return not is_call(node, aten.div.Tensor) or isinstance(node.args[1], int | float)
+
+
+def _factor(node: fx.Node) -> float:
+    """By how much a step multiplies, at the least 1."""
+    number = next((abs(arg) for arg in node.args if isinstance(arg, int | float)), 1.0)
+    if is_call(node, aten.div.Tensor):
+        number = 1.0 / number if number else math.inf
+    return max(1.0, number) if is_call(node, aten.mul.Tensor, aten.div.Tensor) else 1.0
 
 
 def _at(node: Any, x: fx.Node, points: Tensor, done: dict[fx.Node, Tensor]) -> Tensor:

@@ -96,6 +96,8 @@ def _norm_of(out: fx.Node, value: Any, inside: fx.Node) -> Core | None:
     if not isinstance(eps, float) or not isinstance(value, fx.Node) or not isinstance(mean, fx.Node):
         return None
     centred = _centred_from(value)
+    if not (centred or value).meta["val"].is_floating_point():
+        return None
     squared = _mean_of_square(mean)
     if squared is not None and _same(squared, value):
         return Core(rms_norm, value, eps, out) if centred is None else Core(layer_norm, centred, eps, out)
@@ -189,7 +191,7 @@ def _dyt(graph: Graph, node: fx.Node, known: dict[fx.Node, bool]) -> None:
     if not _is_scalar_parameter(alpha, known):
         return
     gained = _constant_operand(after_casts(node), aten.mul.Tensor, known)
-    if gained is None or is_cast(x):
+    if gained is None or is_cast(x) or not x.meta["val"].is_floating_point():
         return
     out, bias = after_casts(gained[1]), None
     shifted = _constant_operand(out, aten.add.Tensor, known)
