@@ -52,6 +52,10 @@ def tidied(graph: Graph) -> Graph:
         elif is_call(node, *SHAPED_AS):
             like: Any = node.args[0]
             node.replace_input_with(like, graph.insert(aten.zeros.default, (list(shape(like)),), node))
+        elif is_call(node, aten.baddbmm.default):
+            _scores_by_head(graph, node)
+        elif is_call(node, aten.bmm.default):
+            _product_by_head(graph, node)
     return graph
 
 
@@ -61,3 +65,37 @@ def _number(graph: Graph, arg: Any) -> Any:
     if not is_buffer or source.meta["val"].numel() != 1 or graph.tensors[source.meta["tensor"]].is_meta:
         return arg
     return float(graph.tensors[source.meta["tensor"]])
+
+
+def _scores_by_head(graph: Graph, node: Any) -> None:
+    """bias + alpha q k over (heads, 1, keys) as a matmul with an axis for the batch, as attention is known by."""
+    bias, q, k = node.args
+    if node.kwargs.get("beta", 1) != 1 or not is_call(k, aten.transpose.int) or len(shape(bias)) != 3:
+        return
+    turned = graph.insert(aten.transpose.int, (_batched(graph, k.args[0], node), 2, 3), node)
+    scores = graph.insert(aten.matmul.default, (_batched(graph, q, node), turned), node)
+    scaled = graph.insert(aten.mul.Tensor, (scores, float(node.kwargs.get("alpha", 1))), node)
+    _put(graph, node, graph.insert(aten.add.Tensor, (scaled, _batched(graph, bias, node)), node))
+
+
+def _product_by_head(graph: Graph, node: Any) -> None:
+    weights, values = node.args
+    if is_call(weights, aten.reshape.default) and shape(weights.args[0]) == (1, *shape(weights)):
+        four = _batched(graph, values, node)
+        _put(graph, node, graph.insert(aten.matmul.default, (weights.args[0], four), node))
+
+
+def _batched(graph: Graph, node: Any, before: fx.Node) -> fx.Node:
+    """A value with an axis for the batch in front, which it may have had before."""
+    if is_call(node, aten.reshape.default) and shape(node.args[0]) == (1, *shape(node)):
+        return node.args[0]
+    return graph.insert(aten.unsqueeze.default, (node, 0), before)
+
+
+def _put(graph: Graph, old: fx.Node, new: fx.Node) -> None:
+    """`new` is `old` with an axis for the batch in front; who views it so reads it itself."""
+    for user in list(old.users):
+        if is_call(user, aten.reshape.default) and shape(user) == shape(new):
+            user.replace_all_uses_with(new)
+    if old.users:
+        old.replace_all_uses_with(graph.insert(aten.squeeze.dim, (new, 0), old))

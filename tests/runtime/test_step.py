@@ -33,6 +33,7 @@ QUICK = (
     "GPTNeoXForCausalLM",  # a parallel block, heads interleaved in one weight, a part of the head turned
 )
 SLOW = (
+    "BloomForCausalLM",  # ALiBi
     "MistralForCausalLM",
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
