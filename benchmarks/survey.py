@@ -46,7 +46,7 @@ MAPPINGS = {
     "audio": "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
     "base": "MODEL_MAPPING_NAMES",
 }
-SPARE = 12
+SPARE = 16
 LIMIT_S = 180
 """Processor seconds for one class."""
 

@@ -19,7 +19,7 @@ from taut.lift import lift
 from taut.opened import Opened, open_model
 from taut.plans import SCHEMA, BadPlan, Plan, follow, plan_and_apply
 from taut.proof import Evidence, NotProved, compare_modules, prove, same_bits
-from taut.twin import exactness, promises, prove_on_twin
+from taut.twin import SPARE, exactness, promises, prove_on_twin
 from taut.values import Filled, Original, Read, Scaled
 
 BLOCK_BYTES = 256 << 20
@@ -183,7 +183,7 @@ def prove_full(
         written=written,
         promises=promises(plan, raw.outputs),
         exactness=exactness(plan),
-        spare=(old.inputs(seed) for seed in range(1, 9)),
+        spare=(old.inputs(seed) for seed in range(1, SPARE + 1)),
         movement=small,
     )
     if not small:

@@ -31,6 +31,9 @@ SAME_FUNCTION = 1e-12
 AS_GOOD = 2.0
 """How much farther from the truth than the original a rewritten model may be in its own dtype."""
 
+ENOUGH = 64
+"""So many values of an output are compared at least: the ratio of two errors of a few numbers is chance."""
+
 Inputs = Mapping[str, Tensor]
 DISCRETE = (torch.int64, torch.int32, torch.bool)
 aten = torch.ops.aten
@@ -74,11 +77,18 @@ class NotProved(Exception):
 class Comparison:
     """Errors over all inputs, per output: the largest in float64, and the summed squares in the working dtype."""
 
-    float64: dict[str, float] = field(default_factory=dict)
+    values: dict[str, int] = field(default_factory=dict)
+    largest: dict[str, float] = field(default_factory=dict)
+    off: dict[str, float] = field(default_factory=dict)
     before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
     first_off: str = ""
     flips: int = 0
+
+    @property
+    def float64(self) -> dict[str, float]:
+        """Largest difference over largest value; where every value is zero, the difference itself."""
+        return {k: off / (self.largest[k] or 1.0) for k, off in self.off.items()}
 
 
 def prove(
@@ -97,23 +107,28 @@ def prove(
 
     `promises` narrows an output to "argmax"; by default all values are promised. `written` are the rewritten tensors
     as they will be stored; without it they are rounded here. `bounds` are the measured bounds of BOUNDED rewrites.
-    `spare` inputs are taken one by one while some rewritten tensor has not moved an output; `movement=False` leaves
-    that check out, for a model that does not fit in float64 and has been proved to move on its twin.
+    `spare` inputs are taken one by one while an output has too few values to compare errors, or while some rewritten
+    tensor has not moved an output; `movement=False` leaves that check out, for a model that does not fit in float64
+    and has been proved to move on its twin.
     """
     promises = promises or {}
     changed = list(after.changed())
     stored = written if written is not None else {name: after.evaluate(name, None) for name in changed}
     wrong = [] if written is None else [n for n in changed if not same_bits(stored[n], after.evaluate(n, None))]
     compared = Comparison()
-    for example in inputs:
+    more, spare = itertools.tee(spare)
+    for i, example in enumerate(itertools.chain(inputs, more)):
+        if i >= len(inputs) and all(count >= ENOUGH for count in compared.values.values()):
+            break
         _compare(before, after, example, stored, promises, compared)
     unproved = _unmoved(after, itertools.chain(inputs, spare)) if movement else []
     float64_error = max(compared.float64.values(), default=0.0)
     ratios = {k: math.sqrt(compared.after[k] / compared.before[k]) for k in compared.after}
-    worst_output = max(compared.float64, key=compared.float64.__getitem__, default="")
     limit = {Exactness.BITWISE: 0.0, Exactness.ALGEBRAIC: SAME_FUNCTION}.get(exactness, math.inf)
     as_good = all(ratio <= AS_GOOD for ratio in ratios.values())
     error_ratio = max(ratios.values(), default=1.0)
+    decisive = compared.float64 if as_good or float64_error > limit else ratios
+    worst_output = max(decisive, key=decisive.__getitem__, default="")
     passed = float64_error <= limit and as_good and not unproved and not wrong
     return Evidence(
         passed=passed,
@@ -143,10 +158,14 @@ def _compare(before: Graph, after: Graph, example: Inputs, stored, promises, com
     for name, true in truth.items():
         if promises.get(name) == "argmax":
             equal = torch.equal(true.argmax(-1), same[name].argmax(-1))
-            compared.float64[name] = max(compared.float64.get(name, 0.0), 0.0 if equal else 1.0)
+            _keep_max(compared.largest, name, 1.0)
+            _keep_max(compared.off, name, 0.0 if equal else 1.0)
             continue
-        _keep_max(compared.float64, name, _largest(same[name], true))
+        off, largest = _difference(same[name], true)
+        _keep_max(compared.off, name, off)
+        _keep_max(compared.largest, name, largest)
         rounding = _squared_error(true.to(rough[name].dtype), true)
+        compared.values[name] = compared.values.get(name, 0) + true.numel()
         _add(compared.before, name, max(_squared_error(rough[name], true), rounding, torch.finfo(torch.float64).tiny))
         _add(compared.after, name, _squared_error(new[name], true))
     if max(compared.float64.values(), default=0.0) <= SAME_FUNCTION:
@@ -162,12 +181,19 @@ def _keep_max(errors: dict[str, float], name: str, error: float) -> None:
 
 
 def _largest(one: Tensor, true: Tensor) -> float:
-    """Largest difference over largest value; infinities (masks) must agree exactly."""
+    """Largest difference over largest value."""
+    off, largest = _difference(one, true)
+    return off / (largest or 1.0)
+
+
+def _difference(one: Tensor, true: Tensor) -> tuple[float, float]:
+    """Largest difference and largest value; infinities (masks) must agree exactly."""
     finite = torch.isfinite(true)
     if not torch.equal(finite, torch.isfinite(one)):
-        return float("inf")
-    scale = true[finite].abs().max().item() if finite.any() else 0.0
-    return (one[finite] - true[finite]).abs().max().item() / scale if scale else 0.0
+        return float("inf"), 1.0
+    if not finite.any():
+        return 0.0, 0.0
+    return (one[finite] - true[finite]).abs().max().item(), true[finite].abs().max().item()
 
 
 def _squared_error(one: Tensor, true: Tensor) -> float:

@@ -29,6 +29,10 @@ ASSERTIONS = {
     aten.sym_constrain_range_for_size.default,
 }
 
+# What they return is another thing in every run, and so is the model.
+RANDOM = ("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like")
+RANDOM += ("bernoulli", "multinomial", "normal", "normal_functional", "uniform", "exponential", "poisson")
+
 # They ask for strides that what a rewrite puts in front of them may not have; a reshape does not.
 VIEWS = {aten.view.default, aten._unsafe_view.default}
 
@@ -54,6 +58,8 @@ def trace(model: nn.Module, inputs: Mapping[str, Tensor], *, outputs: str = "all
             if hides_something(exported.graph):
                 exported = exported.run_decompositions({})
             return imported(exported, model, tuple(inputs), tuple(dict.fromkeys(names)))
+        except CannotTrace:
+            raise
         except Exception as error:
             raise CannotTrace(reason(error)) from error
 
@@ -199,8 +205,18 @@ def imported(
     _note_unread_names(graph, model, ties)
     _keep_outputs(graph, signature)
     graph.eliminate_dead_code()
+    _refuse_randomness(graph)
+    if len(_output(graph).args[0]) != len(names):
+        raise CannotTrace("the exported program does not return every output of the model")
     tensors = {name: tensor.detach() for name, tensor in tensors.items()}
     return Graph(graph, tensors, values, ties, names)
+
+
+def _refuse_randomness(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        name = str(getattr(node.target, "_schema", "")).removeprefix("aten::").split("(")[0].split(".")[0]
+        if node.op == "call_function" and name in RANDOM:
+            raise CannotTrace(f"its forward draws random numbers ({name} in {node.meta['where'] or 'the model'})")
 
 
 def _ties(model: nn.Module) -> dict[str, str]:
@@ -315,9 +331,13 @@ def _merge_placeholders(graph: fx.Graph) -> None:
                 graph.erase_node(node)
 
 
+def _output(graph: fx.Graph) -> Any:
+    return next(n for n in reversed(graph.nodes) if n.op == "output")
+
+
 def _keep_outputs(graph: fx.Graph, signature) -> None:
     """Drop the outputs that export added for buffers which the forward writes."""
-    out = next(n for n in reversed(graph.nodes) if n.op == "output")
+    out = _output(graph)
     user = set(signature.user_outputs)
     out.args = (tuple(n for n in out.args[0] if n is not None and n.name in user),)
     out.meta = {"val": None, "where": "", "line": ""}

@@ -23,7 +23,7 @@ from taut.shrink import CannotShrink, example_inputs, shrink, tiny_model
 from taut.tracing import trace
 
 EXAMPLES = 4
-SPARE = 12
+SPARE = 16
 
 
 def pattern(where: str) -> str:

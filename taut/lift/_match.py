@@ -67,16 +67,24 @@ def after_casts(node: fx.Node) -> fx.Node:
 
 
 def is_constant(node: Any, known: dict[fx.Node, bool]) -> bool:
-    """Whether a node is computed from parameters and numbers alone."""
+    """Whether a node is computed from parameters and numbers alone. A deep model is no deep recursion."""
     if not isinstance(node, fx.Node):
         return True
-    if node not in known:
-        if node.op == "placeholder":
-            known[node] = node.meta["kind"] == "parameter"
-        else:
-            inputs = node.all_input_nodes
-            known[node] = node.op == "call_function" and bool(inputs) and all(is_constant(i, known) for i in inputs)
+    todo = [node]
+    while todo:
+        last = todo[-1]
+        missing = [] if last in known else [i for i in last.all_input_nodes if i not in known]
+        todo += missing
+        if not missing:
+            known.setdefault(todo.pop(), _made_of_constants(last, known))
     return known[node]
+
+
+def _made_of_constants(node: fx.Node, known: dict[fx.Node, bool]) -> bool:
+    if node.op == "placeholder":
+        return node.meta["kind"] == "parameter"
+    inputs = node.all_input_nodes
+    return node.op == "call_function" and bool(inputs) and all(known[i] for i in inputs)
 
 
 def other(node: fx.Node, one: fx.Node) -> Any:
