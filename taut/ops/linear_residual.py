@@ -11,6 +11,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from taut.op import Reason, Work, nbytes, op
+from taut.ops import _gpu
 from taut.ops._matvec import matvec, refuses_product, refuses_torch
 from taut.ops._weights import dequantize, quantize
 from taut.ops._wide import wide
@@ -66,6 +67,24 @@ def _torch_fits(x, weight, residual, bias=None, scale=None) -> Reason:
 def _(x, weight, residual, bias=None, scale=None):
     y = linear(x, weight, bias) + residual
     return y, wide(y).square().sum(-1, keepdim=True)
+
+
+def _triton_fits(x, weight, residual, bias=None, scale=None) -> Reason:
+    if residual.dtype != x.dtype:
+        return "x and residual differ in dtype"
+    reason = _gpu.refuses_product(x, (weight,), (scale,), residual, bias)
+    return reason or _gpu.vendor("linear", x, weight)
+
+
+@linear_residual.impl("triton", when=_triton_fits, opaque=True)
+def _(
+    x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(residual, memory_format=torch.contiguous_format)
+    flat, config = x.reshape(-1, x.shape[-1]), _gpu.chosen("linear", x, weight)
+    _gpu.kernel("launch", "project")(flat, weight, y, config, bias=bias, residual=residual.contiguous())
+    squares = _gpu.kernel("launch", "row_squares")(y.view(-1, y.shape[-1]))
+    return y, squares.view(*y.shape[:-1], 1)
 
 
 @linear_residual.impl("numba", when=_fits, opaque=True)

@@ -10,6 +10,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from taut.op import Reason, Work, nbytes, op
+from taut.ops import _gpu
 from taut.ops._activation import ACTIVATIONS, activation
 from taut.ops._cpu import address, kernel, tag, threads
 from taut.ops._matvec import refuses_product, refuses_torch
@@ -82,6 +83,33 @@ def _torch_fits(x, gate, up, gain=None, eps=1e-6, act="silu", gate_scale=None, u
 def _(x, gate, up, gain=None, eps=1e-6, act="silu", gate_scale=None, up_scale=None):
     h = rms_norm(x, gain, eps)
     return glu(linear(h, gate), linear(h, up), act)
+
+
+def _triton_fits(x, gate, up, gain=None, eps=1e-6, act="silu", gate_scale=None, up_scale=None) -> Reason:
+    if isinstance(eps, Tensor):
+        return "eps is a tensor"
+    if act not in ACTIVATIONS:
+        return f"no activation {act!r}"
+    if gain is not None and x.numel() > x.shape[-1]:
+        return "a gain that is not folded into the weight, and more than one token"
+    return _gpu.refuses_product(x, (gate, up), (gate_scale, up_scale), gain) or _gpu.vendor("glu", x, gate)
+
+
+@norm_glu.impl("triton", when=_triton_fits, opaque=True)
+def _(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    gain: Tensor | None = None,
+    eps: float = 1e-6,
+    act: str = "silu",
+    gate_scale: Tensor | None = None,
+    up_scale: Tensor | None = None,
+) -> Tensor:
+    y = x.new_empty(*x.shape[:-1], gate.shape[0])
+    flat, config = x.reshape(-1, x.shape[-1]), _gpu.chosen("glu", x, gate)
+    _gpu.kernel("launch", "project")(flat, gate, y, config, up=up, act=act, gain=gain, eps=eps)
+    return y
 
 
 @norm_glu.impl("numba", when=_fits, opaque=True)

@@ -10,6 +10,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from taut.op import Reason, Work, nbytes, op
+from taut.ops import _gpu
 from taut.ops._matvec import matvec, refuses_product, refuses_torch
 from taut.ops._weights import dequantize, quantize
 from taut.ops._wide import wide
@@ -72,6 +73,33 @@ def _torch_fits(x, weight, gain=None, bias=None, eps=1e-6, residual=None, scale=
 def _(x, weight, gain=None, bias=None, eps=1e-6, residual=None, scale=None):
     y = linear(rms_norm(x, gain, eps), weight, bias)
     return y if residual is None else y + residual
+
+
+def _triton_fits(x, weight, gain=None, bias=None, eps=1e-6, residual=None, scale=None) -> Reason:
+    if isinstance(eps, Tensor):
+        return "eps is a tensor"
+    if gain is not None and x.numel() > x.shape[-1]:
+        return "a gain that is not folded into the weight, and more than one token"
+    reason = _gpu.refuses_product(x, (weight,), (scale,), gain, bias, residual)
+    return reason or _gpu.vendor("linear", x, weight)
+
+
+@norm_linear.impl("triton", when=_triton_fits, opaque=True)
+def _(
+    x: Tensor,
+    weight: Tensor,
+    gain: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    rows = None if residual is None else residual.contiguous()
+    config = _gpu.chosen("linear", x, weight)
+    flat = x.reshape(-1, x.shape[-1])
+    _gpu.kernel("launch", "project")(flat, weight, y, config, gain=gain, bias=bias, residual=rows, eps=eps)
+    return y
 
 
 @norm_linear.impl("numba", when=_fits, opaque=True)

@@ -14,7 +14,10 @@ from taut.catalogue import find
 from taut.op import Op
 
 OPS = find("taut.ops", Op)
-WAYS = [(name, way) for name, op in OPS.items() for way in ["reference", *(i.name for i in op.impls)]]
+WAYS = [
+    (name, way) for name, op in OPS.items() for way in ["reference", *(i.name for i in op.impls if i.name != "triton")]
+]
+"""The Triton kernels have tests of their own, which run on a CPU through its interpreter: tests/ops/test_triton.py."""
 IMPLS = [(name, way) for name, way in WAYS if way != "reference"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

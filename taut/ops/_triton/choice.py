@@ -1,0 +1,64 @@
+"""Which kernel and configuration serves a product: a table measured on this kind of device, shipped or made anew.
+
+A table is JSON: {"device", "torch", "triton", "measured": [{"kind", "n", "k", "tokens", "config", "us", "vendor_us"}]},
+with `config` null where the vendor's product is faster. A product takes the row of its kind and of the least token
+count that is not below its own whose n and k are nearest. `python -m taut.ops._triton.tune` makes one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+import torch
+
+from taut.ops._triton.launch import Config
+
+BUCKETS = (1, 16, 64)
+"""Token counts that are measured; a product of fewer tokens takes the next one's row."""
+
+
+def choose(kind: str, tokens: int, n: int, k: int, device: str) -> Config | str:
+    """The configuration for a `linear` or a `glu` on a device of a name, or why the vendor's product serves it."""
+    if tokens > BUCKETS[-1]:
+        return f"more than {BUCKETS[-1]} tokens are the vendor's"
+    rows = table(device)
+    if not rows:
+        return f"no table of measured choices for {device}; make one with python -m taut.ops._triton.tune"
+    bucket = min(b for b in BUCKETS if b >= tokens)
+    near = [row for row in rows if (row["kind"], row["tokens"]) == (kind, bucket)]
+    if not near:
+        return f"the table of {device} has no {kind} of {bucket} tokens"
+    row = min(near, key=lambda row: abs(math.log(row["n"] / n)) + abs(math.log(row["k"] / k)))
+    if row["config"] is None:
+        return f"the vendor's product is faster at {bucket} tokens near ({k}, {n})"
+    return Config(*row["config"])
+
+
+@cache
+def table(device: str) -> list[dict]:
+    """The measured rows for a device: those made here, else those that taut ships, else none."""
+    shipped = resources.files("taut") / "machines" / "kernels" / file_name(device)
+    for place in (made_here(device), shipped):
+        if place.is_file():
+            return json.loads(place.read_text())["measured"]
+    return []
+
+
+def made_here(device: str) -> Path:
+    """Where this machine's own table lies."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "taut" / "kernels" / file_name(device)
+
+
+def file_name(device: str) -> str:
+    return device.lower().replace(" ", "-") + ".json"
+
+
+@cache
+def device_name(index: int) -> str:
+    return torch.cuda.get_device_name(index)

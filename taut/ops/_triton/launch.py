@@ -1,0 +1,210 @@
+"""How the linear ops call the kernels of `products` with one configuration."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from taut.ops._triton import lean, products, sampling
+
+
+class Config(NamedTuple):
+    """Tile sizes of a kernel (outputs, tokens, inputs), parts of the inputs, pipeline stages and warps.
+
+    `tokens` 0 means the matrix-vector kernel. `ahead` is how many inputs of each row, a multiple of 8, are asked for
+    while the kernel before this one ends; with -1 it does not start before that has ended.
+    """
+
+    outputs: int
+    tokens: int
+    inputs: int
+    split: int = 1
+    stages: int = 1
+    warps: int = 4
+    ahead: int = 0
+
+
+def interpreted() -> bool:
+    """Whether Triton runs the kernels on the CPU, one operation after the other."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def project(
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    config: Config,
+    *,
+    up: Tensor | None = None,
+    act: str = "identity",
+    gain: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    """Write act(x weight^T) * (x up^T) + bias + residual of rms_norm(x, gain, eps), where given, into y and return it.
+
+    x: [tokens, k]; weight and up: [n, k]; y and residual: contiguous [tokens, n]; all of one 16-bit dtype but y. A gain
+    is for one token only.
+    """
+    if config.tokens == 0:
+        return _matvec(x, weight, y, config, up, act, gain, bias, residual, eps)
+    (tokens, k), n, pdl = x.shape, len(weight), config.ahead >= 0 and not interpreted()
+    tma = all(_even(t) for t in (x, weight, up) if t is not None)
+    split = min(config.split, triton.cdiv(k, config.inputs))
+    parts = 1 if up is None else 2
+    room = (parts * n + 1) * tokens * split if split > 1 else 0
+    partial = torch.empty(room, dtype=torch.float32, device=x.device) if room else None
+    sources = _source(x, config.tokens, config, tma), _source(weight, config.outputs, config, tma)
+    grid = triton.cdiv(n, config.outputs), triton.cdiv(tokens, config.tokens), split
+    products.product[grid](
+        *sources,
+        None if up is None else _source(up, config.outputs, config, tma),
+        *(bias, residual, y, partial, weight, up),
+        *(tokens, n, k, x.stride(0), weight.stride(0), 0 if up is None else up.stride(0), eps or 0.0),
+        *(config.ahead, eps is not None, act, config.outputs, config.tokens, config.inputs, split, tma, pdl),
+        **_options(config, pdl),
+    )
+    if split > 1:
+        products.finish[(triton.cdiv(n, 512), tokens)](
+            *(partial, bias, residual, y, tokens, n, k, eps or 0.0, eps is not None, act, up is not None, split),
+            *(512, pdl),
+            **_options(Config(0, 0, 0), pdl),
+        )
+    return y
+
+
+def _matvec(x, weight, y, config, up, act, gain, bias, residual, eps) -> Tensor:
+    n, k = weight.shape
+    pdl = config.ahead >= 0 and not interpreted()
+    products.matvec[(triton.cdiv(n, config.outputs),)](
+        *(x, weight, up, gain, bias, residual, y, n, k, weight.stride(0), 0 if up is None else up.stride(0)),
+        *(eps or 0.0, config.ahead, eps is not None, act, config.outputs, config.inputs),
+        *(all(_even(t) for t in (weight, up) if t is not None), config.stages, pdl),
+        **_options(config, pdl),
+    )
+    return y
+
+
+def row_squares(y: Tensor) -> Tensor:
+    """float32 [tokens, 1]: the sum of squares of each row of a contiguous y [tokens, n]."""
+    pdl = not interpreted()
+    squares = torch.empty(len(y), 1, dtype=torch.float32, device=y.device)
+    block = min(triton.next_power_of_2(y.shape[1]), 4096)
+    products.row_squares[(len(y),)](y, squares, y.shape[1], block, pdl, **_options(Config(0, 0, 0), pdl))
+    return squares
+
+
+def glu_rows(x: Tensor, gate: Tensor, up: Tensor, y: Tensor, eps: float, act: str) -> Tensor:
+    """Write act(gate s) * (up s) with s = 1 / rms(x), a scalar a row, into y; gate, up, y contiguous [tokens, n]."""
+    pdl = not interpreted()
+    (tokens, k), n = x.shape, gate.shape[1]
+    block = min(triton.next_power_of_2(n), 2048)
+    options = _options(Config(0, 0, 0), pdl)
+    products.glu_rows[(tokens,)](x, gate, up, y, n, k, x.stride(0), eps, act, block, pdl, **options)
+    return y
+
+
+def _options(config: Config, pdl: bool) -> dict[str, int | bool]:
+    options: dict[str, int | bool] = {"num_warps": config.warps, "num_stages": config.stages}
+    return options | {"launch_pdl": True} if pdl else options
+
+
+def _even(t: Tensor) -> bool:
+    """Whether the copy engine takes the matrix: every row begins at a multiple of 16 bytes and is one."""
+    return t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 and t.shape[1] % 8 == 0 and t.stride(1) == 1
+
+
+def _source(t: Tensor, rows: int, config: Config, tma: bool) -> Tensor | TensorDescriptor:
+    return TensorDescriptor.from_tensor(t, [rows, config.inputs]) if tma else t
+
+
+class Attention(NamedTuple):
+    """Keys a tile, programs a multiprocessor, pipeline stages and warps of the decode attention kernel."""
+
+    keys: int = 64
+    programs: int = 1
+    stages: int = 4
+    warps: int = 4
+
+
+FEW_KEYS, MANY_KEYS = Attention(stages=3), Attention(stages=4)
+ENOUGH = 2**16
+"""Keys of all heads from which more stages in flight pay."""
+HEAD = Config(64, 64, 64, 1, 6, 4)
+HEAD_OF_FEW = Config(128, 16, 128, 1, 3, 4)
+
+
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    table: Tensor | None,
+    y: Tensor,
+    scale: float | None = None,
+    config: Attention | None = None,
+    processors: int | None = None,
+) -> Tensor:
+    """Write the attention of q [batch, heads, d] into y and return it; k and v as in the op, features contiguous."""
+    (batch, heads, d), kv_heads, pdl = q.shape, k.shape[1], not interpreted()
+    config = config or (FEW_KEYS if k[..., 0].numel() <= ENOUGH else MANY_KEYS)
+    if processors is None:
+        processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    programs, group = processors * config.programs, heads // kv_heads
+    scratch = torch.empty(programs, 2, group, d + 2, dtype=torch.float32, device=q.device)
+    scale = (d**-0.5 if scale is None else scale) * 1.4426950408889634
+    width, rounded = triton.next_power_of_2(max(d, 16)), triton.next_power_of_2(batch)
+    options = _options(Config(0, 0, 0, 1, config.stages, config.warps), pdl)
+    lean.attend[(programs,)](
+        *(q, k, v, lengths, table, y, scratch, batch, kv_heads),
+        *(k.shape[2], 0 if table is None else table.stride(0), *k.stride()[:3], *v.stride()[:3], scale),
+        *(rounded, group, triton.next_power_of_2(max(group, 16)), d, width, config.keys, pdl),
+        **options,
+    )
+    lean.merge[(batch * kv_heads, group)](
+        *(lengths, y, scratch, batch, kv_heads, programs, rounded, group, d, width, config.keys, 32, pdl),
+        **_options(Config(0, 0, 0), pdl),
+    )
+    return y
+
+
+def sample_lm_head(
+    x: Tensor,
+    weight: Tensor,
+    temperature: Tensor,
+    key: Tensor,
+    mask: Tensor | None = None,
+    eps: float | None = None,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(ids int64 [batch], log of the sum of exp of the logits, float32 [batch]) of x weight^T / temperature.
+
+    x: [batch, k]; weight: [vocabulary, k]; temperature: float32 [batch], 0 for the most likely token; key: int64 [2] on
+    the device, seed and step; mask: bool [batch, vocabulary]. With `eps` the logits are rms_norm(x)'s.
+    """
+    config = config or (HEAD_OF_FEW if len(x) <= HEAD_OF_FEW.tokens else HEAD)
+    (batch, k), vocabulary, pdl = x.shape, len(weight), config.ahead >= 0 and not interpreted()
+    tma = _even(x) and _even(weight)
+    tiles = triton.cdiv(vocabulary, config.outputs)
+    parts = torch.empty(3, tiles, batch, dtype=torch.float32, device=x.device)
+    ids = torch.empty(tiles, batch, dtype=torch.int32, device=x.device)
+    sampling.draw_tiles[(tiles, triton.cdiv(batch, config.tokens))](
+        *(_source(x, config.tokens, config, tma), _source(weight, config.outputs, config, tma), weight),
+        *(temperature, mask, key, parts[0], ids, parts[1], parts[2], batch, vocabulary, k),
+        *(0 if mask is None else mask.stride(0), x.stride(0), weight.stride(0), eps or 0.0, config.ahead),
+        eps is not None,
+        *(config.outputs, config.tokens, config.inputs, tma, pdl),
+        **_options(config, pdl),
+    )
+    best = torch.empty(batch, dtype=torch.int64, device=x.device)
+    log_z = torch.empty(batch, dtype=torch.float32, device=x.device)
+    sampling.best_tile[(batch,)](
+        *(parts[0], ids, parts[1], parts[2], best, log_z, tiles, batch, triton.next_power_of_2(tiles), pdl),
+        **_options(Config(0, 0, 0), pdl),
+    )
+    return best, log_z

@@ -1,0 +1,89 @@
+"""The Triton kernels: through the interpreter on any machine, and every shipped configuration on a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from taut.ops.decode_attention import decode_attention
+from taut.ops.norm_linear import norm_linear
+
+INTERPRETED = Path(__file__).with_name("triton_cases.py")
+
+
+@pytest.fixture(scope="module")
+def cases() -> list[tuple[str, float, float]]:
+    """(name, error, plain error in the working dtype) of every case, from one process."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("TRITON KERNELS NOT TESTED: Triton is not installed")
+    where = dict(os.environ, TRITON_INTERPRET="1")
+    done = subprocess.run([sys.executable, str(INTERPRETED)], capture_output=True, text=True, env=where, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = (line.rsplit(" ", 2) for line in done.stdout.splitlines())
+    return [(name, float(error), float(plain)) for name, error, plain in lines]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "count"),
+    [("norm_linear", 7), ("linear", 7), ("norm_glu", 14), ("row_squares", 1), ("glu_rows", 1), ("decode", 9)],
+)
+def test_kernels_are_as_accurate_as_plain_code(cases, kernel: str, count: int):
+    found = [case for case in cases if case[0].startswith(kernel)]
+    assert len(found) == count
+    for name, error, plain in found:
+        assert error <= 2 * plain + torch.finfo(torch.float32).eps, name
+
+
+def test_draws_are_those_of_the_reference(cases):
+    """The ids are compared where they are drawn; here the normalisers, whose logits are summed in another order."""
+    found = [case for case in cases if case[0].startswith("sample")]
+    assert len(found) == 6
+    for name, error, plain in found:
+        assert error <= 2 * plain + 8 * torch.finfo(torch.float32).eps, name
+
+
+def test_refuses_in_words_without_a_gpu():
+    x, weight = torch.randn(1, 64).bfloat16(), torch.randn(32, 64).bfloat16()
+    assert dict(norm_linear.explain(x, weight))["triton"] == "a tensor is on cpu"
+    with pytest.raises(RuntimeError, match="a tensor is on cpu"):
+        norm_linear(x, weight, impl="triton")
+    cache = torch.randn(1, 1, 8, 64).bfloat16()
+    assert dict(decode_attention.explain(x[None], cache, cache, torch.tensor([8])))["triton"] == "a tensor is on cpu"
+
+
+def test_importing_taut_does_not_import_triton():
+    check = (
+        "import sys, taut.ops.norm_linear, taut.ops.decode_attention; sys.exit('taut.ops._triton' in str(sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+@pytest.mark.gpu
+def test_every_configuration_of_the_table_is_right_and_repeats_itself_under_load():
+    from taut.ops._triton import choice, tune
+
+    torch.manual_seed(0)
+    rows = choice.table("NVIDIA H200")
+    assert len(rows) > 30
+    load, done = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda").bfloat16()
+    for row in rows:
+        shape = tune.Shape(row["k"], row["n"], row["kind"])
+        if row["config"] is None:
+            continue
+        config = choice.Config(*row["config"])
+        found, plain = tune.errors_of(shape, row["tokens"], [config])
+        assert found[config] <= 2 * plain, row
+        x, (weight,), (up,) = tune.inputs(shape, row["tokens"], 1)
+        first, wrong = tune.fused(x, weight, up, config), torch.zeros((), dtype=torch.int64, device="cuda")
+        for i in range(1000):
+            if i % 10 == 0:
+                with torch.cuda.stream(load):
+                    done @ done
+            wrong += (tune.fused(x, weight, up, config) != first).any()
+        assert wrong == 0, row
