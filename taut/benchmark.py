@@ -351,6 +351,6 @@ def _work(found: Cost, shrunk: float) -> Work:
 def environment() -> dict[str, Any]:
     """What a number depends on."""
     versions = {name: version(name) for name in ("taut", "torch", "transformers", "numba")}
-    where = {"cpu": machines.cpu_name(), "threads": torch.get_num_threads(), "system": platform.platform()}
+    where = {"cpu": machines.cpu_name(), "threads": torch.get_num_threads(), "system": platform.system()}
     when = datetime.now(UTC).isoformat(timespec="minutes")
     return versions | where | {"python": platform.python_version(), "time": when}
