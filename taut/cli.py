@@ -67,6 +67,9 @@ def inspect(
     graph: Annotated[bool, typer.Option("--graph", help="Print the graph in the field's words.")] = False,
     everything: Annotated[bool, typer.Option("--all", help="List the sites of every rewrite.")] = False,
     ops: Annotated[bool, typer.Option("--ops", help="The floor of every op, not only of every kind.")] = False,
+    norms: Annotated[bool, typer.Option("--norms", help="Which norms are free, can be made free, or never.")] = False,
+    redundancy: Annotated[bool, typer.Option("--redundancy", help="Parameters that no input uses; runs it.")] = False,
+    text: Annotated[Path | None, typer.Option(metavar="FILE", help="What --redundancy runs it on.")] = None,
     machine: MachineName = None,
     html: Html = None,
     outputs: Outputs = OutputsName.all,
@@ -79,8 +82,13 @@ def inspect(
 ) -> None:
     """Show where each rewrite applies and where it is refused, with the reason; needs no weights."""
     with _command(as_json, threads):
-        from taut import api, show
+        from taut import api, show, show_norms
+        from taut.checkpoint import BadInput
+        from taut.norm_report import norm_report
+        from taut.redundancy import redundancy_of
 
+        if text is not None and not redundancy:
+            raise BadInput("--text is what --redundancy runs the model on", "add --redundancy, or leave --text out")
         found = api.inspect(
             model,
             outputs=outputs.value,
@@ -92,7 +100,20 @@ def inspect(
         )
         if html is not None:
             api.write_page(found, html)
-        _print(as_json, found.as_dict(ops), lambda: show.inspection(found, facts, graph, everything, ops))
+        reports = norm_report(found.graph) if norms and found.graph is not None else None
+        idle = redundancy_of(model, text, revision, trust_remote_code) if redundancy else None
+        record = found.as_dict(ops)
+        record |= {"norms": [report.as_dict() for report in reports]} if reports is not None else {}
+        record |= {"redundancy": [layer.as_dict() for layer in idle]} if idle is not None else {}
+
+        def tell() -> None:
+            show.inspection(found, facts, graph, everything, ops)
+            if reports is not None:
+                show_norms.norms(reports)
+            if idle is not None:
+                show_norms.redundancy(idle)
+
+        _print(as_json, record, tell)
 
 
 @app.command()

@@ -13,13 +13,15 @@ the two redundant.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from taut.checkpoint import BadInput
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,9 @@ class EffectiveDims:
     inputs: int
     outputs: int
     rank: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"redundant_parameters": self.redundant_parameters}
 
     @property
     def redundant_parameters(self) -> int:
@@ -95,11 +100,37 @@ def redundancy(model: nn.Module, texts: Iterable[Tensor] | None = None) -> list[
     return effective_dims(model, (example_inputs(model, batch, length, seed) for seed in range(count)))
 
 
+def redundancy_of(
+    model: str | Path, text: str | Path | None = None, revision: str | None = None, trust_remote_code: bool = False
+) -> list[EffectiveDims]:
+    """`redundancy` of a checkpoint, on a text file or on made-up inputs. It runs the model.
+
+    Raises BadInput for what is no checkpoint with weights in its own form, and for a text that is too short.
+    """
+    from taut.opened import open_model
+
+    opened = open_model(model, revision, trust_remote_code)
+    path: Any = opened.checkpoint.path
+    if opened.in_taut_form:
+        raise BadInput(f"{path} is in taut form, which has no layers to look into", "give the original checkpoint")
+    build: Any = opened.model_class
+    loaded = build.from_pretrained(path, trust_remote_code=trust_remote_code, dtype=torch.float32).eval()
+    try:
+        return redundancy(loaded, None if text is None else ids_of(path, text))
+    except ValueError as error:
+        raise BadInput(str(error), "give a longer text with --text") from error
+    except OSError as error:
+        raise BadInput(f"{text} cannot be read: {error}", "give a text file, and a model with a tokenizer") from error
+
+
 def ids_of(path: str | Path, text: str | Path, length: int = 128) -> list[Tensor]:
-    """The tokens of a text file as rows [1, length] of ids, by a checkpoint's tokenizer; a short rest is left out."""
+    """The tokens of a text file as rows [1, length] of ids, by a checkpoint's tokenizer; a short rest is left out.
+    Raises ValueError where there is not one row."""
     from transformers import AutoTokenizer
 
     ids = AutoTokenizer.from_pretrained(path)(Path(text).read_text(), return_tensors="pt").input_ids
+    if ids.shape[1] < length:
+        raise ValueError(f"{text} has {ids.shape[1]} tokens, and a row takes {length}")
     return list(ids[:, : ids.shape[1] // length * length].view(-1, 1, length))
 
 

@@ -487,6 +487,44 @@ def test_interruption_leaves_nothing(model, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_report_per_norm(model):
+    found = as_json("inspect", model, "--norms")["norms"]
+    assert [norm["verdict"] for norm in found] == ["free"] * 4 + ["can be made free"]
+    assert found[-1]["needs"] == ["--outputs logits"]
+    assert found[0]["removed"] == {"gain": "fold_norm", "division": "defer_norm"}
+    printed = run("inspect", model, "--norms").stdout
+    assert "can be made free" in printed
+    assert "--outputs logits" in printed
+    assert "norms" not in as_json("inspect", model)
+
+
+def test_redundant_parameters(tmp_path):
+    architectures.build("gpt2").save_pretrained(tmp_path / "gpt2")
+    found = {layer["name"]: layer for layer in as_json("inspect", tmp_path / "gpt2", "--redundancy")["redundancy"]}
+    reader = found["transformer.h.0.attn.c_attn"]
+    assert reader["redundant_parameters"] == reader["outputs"] > 0
+    assert found["transformer.h.0.mlp.c_proj"]["redundant_parameters"] == 0
+    printed = run("inspect", tmp_path / "gpt2", "--redundancy").stdout
+    assert "attn.c_attn" in printed
+    assert "mlp.c_proj" not in printed.partition("redundancy")[2]
+
+
+def test_redundancy_on_a_text():
+    demo = Path(taut.__file__).parent / "demo"
+    found = as_json("inspect", demo / "model", "--redundancy", "--text", demo / "heldout.txt")["redundancy"]
+    assert len(found) == 6 * 7 + 1
+
+
+def test_redundancy_refuses(model, tmp_path):
+    (tmp_path / "short.txt").write_text("short")
+    refused(tmp_path, "--redundancy", "inspect", model, "--text", tmp_path / "short.txt")
+    demo = Path(taut.__file__).parent / "demo" / "model"
+    refused(tmp_path, "cannot be read", "inspect", demo, "--redundancy", "--text", tmp_path / "none.txt")
+    refused(tmp_path, "a row takes", "inspect", demo, "--redundancy", "--text", tmp_path / "short.txt")
+    (tmp_path / "few.txt").write_text("def f(x):\n    return x\n" * 30)
+    refused(tmp_path, "more data", "inspect", demo, "--redundancy", "--text", tmp_path / "few.txt")
+
+
 def test_techniques():
     found = as_json("techniques")["techniques"]
     assert {"rewrite", "op", "module"} == {row["kind"] for row in found}
