@@ -108,11 +108,11 @@ def _others(rows: list[Row]) -> None:
 
     grid, without = Table.grid(padding=(0, 2)), []
     for name, rewrite in rewrites().items():
-        verdicts = [reason is None for rewrite, _, reason in rows if rewrite == name]
-        verdicts = [True] * sum(verdicts) if rewrite.asked else verdicts  # what nobody asked for is not refused
+        found = [reason is None for rewrite, _, reason in rows if rewrite == name]
+        verdicts = [applies for applies in found if applies or not rewrite.asked]  # nobody asked, nothing is refused
         if verdicts and name != LISTED:
             grid.add_row("", name, f"{sum(verdicts)} of {_count(len(verdicts), 'site')}", _remarks(rewrite))
-        elif not verdicts:
+        elif not found:
             without.append(name)
     if grid.row_count:
         console.print("\nOther rewrites, each on the model as it is (--all lists their sites):")
