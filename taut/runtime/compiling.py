@@ -63,7 +63,11 @@ def compile(
         program = lower(graph, convert)
     except CannotLower as error:
         raise CannotCompile(f"the model's step cannot be lowered: {error}", "generate with transformers") from error
-    return Engine(program, max_batch, cache_dtype, stop)
+    engine = Engine(program, max_batch, cache_dtype, stop)
+    tell("compiling the interpreter, which is kept")
+    engine.prefill([0])
+    engine.reset()
+    return engine
 
 
 def converter(weights: str | None) -> Callable[[Tensor], Weight]:

@@ -78,13 +78,14 @@ class PlainRunner:
             case Linear():
                 x = view(step.x) if step.norm is None else self._norm(view(step.x), step.norm)
                 y = self._product(x, step.weight, step.bias)
-                y = (y if step.activation is None else activation(step.activation)(y)) * step.scale
+                y = y if step.activation is None else activation(step.activation)(y)
+                y = y if step.scale == 1 else y * step.scale
                 y = y if step.softcap is None else step.softcap * torch.tanh(y / step.softcap)
-                buffers[step.out] = y if step.residual is None else y + view(step.residual)
+                buffers[step.out] = y if step.residual is None else y.add_(view(step.residual))
             case Glu():
                 x = view(step.x) if step.norm is None else self._norm(view(step.x), step.norm)
                 gate = activation(step.activation)(self._product(x, step.gate, step.gate_bias))
-                buffers[step.out] = gate * self._product(x, step.up, step.up_bias)
+                buffers[step.out] = gate.mul_(self._product(x, step.up, step.up_bias))
             case Attend():
                 q, k, v = view(step.q), or_none(step.k), or_none(step.v)
                 buffers[step.out] = self._attend(step, q, k, v, positions, slots)
@@ -108,8 +109,8 @@ class PlainRunner:
     def _norm(self, x: Tensor, norm: Norm) -> Tensor:
         x = x - x.mean(-1, keepdim=True) if norm.centred else x
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps)
-        x = x if norm.gain is None else x * norm.gain.to(self.dtype)
-        return x if norm.bias is None else x + norm.bias.to(self.dtype)
+        x = x if norm.gain is None else x.mul_(norm.gain.to(self.dtype))
+        return x if norm.bias is None else x.add_(norm.bias.to(self.dtype))
 
     def _product(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         return F.linear(x, self._wide(weight), None if bias is None else bias.to(self.dtype))
@@ -143,14 +144,18 @@ class PlainRunner:
     def _one_sequence(self, step: Attend, q: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
         """Queries (rows, heads, d) over one sequence's keys (kv_heads, max_length, d)."""
         end = int(positions.max()) + 1
+        q = q.transpose(0, 1)[None]
+        past = [t[None, :, :end].to(self.dtype) for t in (keys, values)]
+        sinks = None if step.sinks is None else step.sinks.to(self.dtype)
+        in_a_row = torch.equal(positions, torch.arange(end - len(positions), end))
+        if in_a_row and step.first is None and step.alibi is None:
+            y = attention(q, *past, None, step.scale, True, step.softcap, None, sinks)
+            return y[0].transpose(0, 1).flatten(1)
         key = torch.arange(end)
         first = torch.zeros_like(positions) if step.first is None else step.first[positions]
         mask = (key <= positions[:, None]) & (key >= first[:, None])
         if step.alibi is not None:
             ago = (positions[:, None] - key).to(self.dtype)
             mask = torch.where(mask, -step.alibi.to(self.dtype)[:, None, None] * ago, float("-inf"))[None]
-        past = (t[None, :, :end].to(self.dtype) for t in (keys, values))
-        sinks = None if step.sinks is None else step.sinks.to(self.dtype)
-        q = q.transpose(0, 1)[None]
         y = attention(q, *past, mask, step.scale, False, step.softcap, None, sinks)
         return y[0].transpose(0, 1).flatten(1)
