@@ -127,7 +127,7 @@ def transformers_turn(weights: Weights) -> Turn:
         for _ in range(tokens):
             found = model(token, past_key_values=cache, use_cache=True).logits
             token = found[:, -1:].argmax(-1)
-        cache.crop(PROMPT)
+        cache.crop(-tokens)
         return found[0, -1]
 
     return turn

@@ -11,6 +11,7 @@ import numpy as np
 from numba import njit
 
 from taut.ops._numba.parallel import shared
+from taut.ops._numba.rows import AHEAD, fetch
 from taut.ops._numba.scalar import JIT, array, borrowed, down, exp, span, tanh, up
 from taut.ops._numba.simd import blend, dots, peak, tile
 
@@ -18,13 +19,16 @@ HIDDEN = nb.float32(-np.inf)
 
 
 @njit(**JIT)
-def score(q, group, d, k, k_stride, count, scores, stride, k_tag):
-    """scores[h, j] = q[h] . k[j]; the rows of scores are `stride` bytes apart."""
+def score(q, group, d, k, k_stride, v, v_stride, count, scores, stride, k_tag):
+    """scores[h, j] = q[h] . k[j]; the rows of scores are `stride` bytes apart. Fetches the values meanwhile."""
     whole = count // 4 * 4 if d % 16 == 0 else 0
     for h in range(0, group, 4):
         x, to, some = q + h * 4 * d, scores + h * stride, min(4, group - h)
         for j in range(0, whole, 4):
             rows, at = k + j * k_stride, to + 4 * j
+            if h == 0:
+                fetch(rows + AHEAD, 4 * k_stride)
+                fetch(v + j * v_stride, 4 * v_stride)
             if some == 4:
                 tile(k_tag, 4, x, 4 * d, rows, k_stride, d, at, stride)
             elif some == 3:
@@ -129,14 +133,15 @@ def chunk(q, group, d, k, k_stride, v, v_stride, dv, keys, first, last, cap, ali
         peaks[:], totals[:] = HIDDEN, 0
         return
     stride = 4 * scores.shape[1]
-    score(q, group, d, k + first * k_stride, k_stride, count, scores.ctypes.data, stride, k_tag)
+    starts = k + first * k_stride, v + first * v_stride
+    score(q, group, d, starts[0], k_stride, starts[1], v_stride, count, scores.ctypes.data, stride, k_tag)
     slopes = array(alibi, head + group, np.float32(0))
     for h in range(group):
         slope = slopes[head + h] if alibi else nb.float32(0)
         marks = mask + h * mask_stride + first * size if mask else 0
         adjust(scores[h, :count], keys - 1 - first, cap, slope, marks, additive, mask_tag)
         peaks[h], totals[h] = weigh(scores[h, :count])
-    add_rows(scores.ctypes.data, stride, group, v + first * v_stride, v_stride, dv, count, out.ctypes.data, k_tag)
+    add_rows(scores.ctypes.data, stride, group, starts[1], v_stride, dv, count, out.ctypes.data, k_tag)
 
 
 @njit(**JIT)

@@ -21,7 +21,6 @@ from taut.ops._numba.simd import (
     VECTOR,
     WORD,
     at,
-    broadcast,
     load,
     multiply_add,
     store,
@@ -77,6 +76,19 @@ def prefetch(builder: Any, address: Any, count: int) -> None:
         builder.call(ask, [builder.inttoptr(at(builder, address, (1, LINE * line)), place), *how])
 
 
+@intrinsic
+def fetch(_typing, address, size):
+    """Ask for `size` bytes of memory from an address on."""
+
+    def generate(context, builder, _signature, args):
+        address, size = args
+        with upto(builder, ir.Constant(WORD, 0), builder.sdiv(size, ir.Constant(WORD, LINE))) as loop:
+            prefetch(builder, at(builder, address, (loop.index, LINE)), 1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
 @intrinsic(prefer_literal=True)
 def tile(_typing, tag, rows, tokens, w, w_stride, ahead, x, x_stride, k, out, out_stride):
     """out[t, j] = w[j] . x[t] for constant numbers of `rows` and `tokens`; x is float32, padded to 16 with zeros.
@@ -112,6 +124,16 @@ def tile(_typing, tag, rows, tokens, w, w_stride, ahead, x, x_stride, k, out, ou
         sums_of(builder, sums, out, out_stride)
 
     return types.void(tag, rows, tokens, *[types.int64] * 8), generate
+
+
+def load_everywhere(builder: Any, address: Any, tag: types.Type) -> Any:
+    """A stored value in all lanes; spread before it is widened, which is one instruction less than after it."""
+    kind = FLOAT if tag == types.float32 else ir.IntType(BITS[tag])
+    vector = ir.VectorType(kind, LANES)
+    value = builder.load(builder.inttoptr(address, kind.as_pointer()), align=BITS[tag] // 8)
+    first = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(INT32, 0))
+    spread = builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), splat(WORDS, 0))
+    return widen(builder, spread, tag)
 
 
 def look_up(builder: Any, table: Any, codes: Any) -> Any:
@@ -152,8 +174,8 @@ def tile_int4(_typing, tag, rows, tokens, w, w_stride, ahead, s, s_stride, x, x_
                 prefetch(builder, at(builder, ahead, (loop.index, LINE)), 1)
             for row, scale in zip(starts, scales, strict=True):
                 place = builder.inttoptr(at(builder, row, (loop.index, 16)), BYTES.as_pointer())
-                factor = load(builder, at(builder, scale, (loop.index, BITS[kind] // 8)), kind, 1)
-                values.append(unpacked(builder, builder.load(place, align=1), broadcast(builder, factor)))
+                factor = load_everywhere(builder, at(builder, scale, (loop.index, BITS[kind] // 8)), kind)
+                values.append(unpacked(builder, builder.load(place, align=1), factor))
             for t in range(many):
                 for half in range(2):
                     start = at(builder, inputs[t], (loop.index, 4 * GROUP), (half, 4 * LANES))
@@ -276,7 +298,7 @@ def place_of(form, w, k, row):
     size = k // 2
     if form == FLOAT32:
         size = 4 * k
-    elif form == BFLOAT16 or form == FLOAT16:
+    elif form in (BFLOAT16, FLOAT16):
         size = 2 * k
     elif form == INT8:
         size = k
