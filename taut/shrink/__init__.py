@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["CannotShrink", "build_on_meta", "example_inputs", "shrink", "tiny_model"]
 
 LARGEST = 50_000_000
+EXPERTS = 8
 
 
 class CannotShrink(Exception):
@@ -82,10 +83,17 @@ def class_of(config: PreTrainedConfig) -> type[nn.Module]:
 
 
 def _default_config(model_class: type) -> PreTrainedConfig:
+    """The class's default; but a mixture of one expert, whose router decides nothing, becomes one of several."""
     try:
-        return model_class.config_class()
+        config = model_class.config_class()
     except Exception as error:
         raise CannotShrink(f"{model_class.__name__} has no default configuration: {_reason(error)}") from error
+    for _, part in tree(config):
+        roles = {name: role_of(name) for name in vars(part)}
+        lone = [name for name, role in roles.items() if role == "experts" and getattr(part, name) == 1]
+        for name in lone if "top_k" in roles.values() else ():
+            setattr(part, name, EXPERTS)
+    return config
 
 
 def _completed(config: PreTrainedConfig) -> PreTrainedConfig | None:
@@ -93,7 +101,7 @@ def _completed(config: PreTrainedConfig) -> PreTrainedConfig | None:
     usual = {
         "head_dim": 64,
         "vocab_size": 1000,
-        "n_routed_experts": 8,
+        "n_routed_experts": EXPERTS,
         "n_shared_experts": 1,
         "num_experts_per_tok": 2,
         "num_key_value_heads": 2,

@@ -36,8 +36,9 @@ ROLES = {
     "routed": r"^(n_group|num_expert_groups?|topk_group)$",
     "experts": r"^(?!.*shared)\w*(_experts|expert_num)$",
     "top_k": r"experts_per_tok(en)?$|^moe_(k|topk|top_k)$",
-    "window": r"sliding_window(_size)?s?$|attention_chunk_size|^local_attention$|index_topk|attention_window(_size)?$"
-    r"|^(mamba_)?chunk_size$",
+    "picks": r"^index_topk$",
+    "window": r"sliding_window(_size)?s?$|attention_chunk_size|^local_attention$|attention_window(_size)?$"
+    r"|^(mamba_)?chunk_size$|^compress_rates$",
     "image": r"^(pretrain_)?(image|img)_size$",
     "grid": r"^(image_embedding_size|backbone_feature_sizes|memory_attention_rope_(feat|k)_sizes)$",
     "filters": r"^num_filters$",
@@ -122,8 +123,10 @@ class Sizes:
             return sum((i < value) if role == "leading" else (i >= count - value) for i in self.layers(path, count))
         if role == "depth" and not isinstance(value, int):
             role = "stages"
-        if role == "keep" or role in self.recipe.kept or isinstance(value, dict):
+        if role == "keep" or role in self.recipe.kept:
             return value
+        if isinstance(value, dict):
+            return {k: self.number(role, path, part, name, v) for k, v in value.items()} if role == "window" else value
         return _map_ints(value, lambda v: self.number(role, path, part, name, v))
 
     def number(self, role: str, path: str, part: PreTrainedConfig, name: str, v: int) -> int:
@@ -144,6 +147,8 @@ class Sizes:
                 return self.router(role, part, name, v)
             case "window":
                 return min(v, 8)
+            case "picks":
+                return min(v, 2)
             case "image":
                 return self.image(part, v)
             case "grid":

@@ -15,7 +15,17 @@ def randomise(model: nn.Module) -> None:
     for module in model.modules():
         for p in module._parameters.values():
             if p is not None and p.is_floating_point():
-                p.copy_(_vector(p) if p.ndim <= 1 else _matrix(module, p))
+                p.copy_(_vector(p) if p.numel() == max(p.shape, default=1) else _matrix(module, p))
+        _fill_tables(module)
+
+
+def _fill_tables(module: nn.Module) -> None:
+    """Fill saved tables of experts, one row an id, that only a checkpoint would: no row has an expert twice."""
+    experts = getattr(module, "num_experts", None)
+    for name, table in module.named_buffers(recurse=False):
+        empty = table.ndim == 2 and not table.is_floating_point() and not bool(table.any())
+        if empty and isinstance(experts, int) and name not in module._non_persistent_buffers_set:
+            table.copy_(torch.rand(len(table), experts).argsort(-1)[:, : table.shape[1]])
 
 
 @torch.no_grad()
@@ -46,8 +56,10 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _vector(p: Tensor) -> Tensor:
+    """What is not trained, such as a bias that balances experts, is small: with a large one some are never chosen."""
     noise = torch.randn_like(p).clamp(-2, 2)
-    return torch.nan_to_num(p) + (0.3 if bool((p == 1).all()) else 0.2) * noise
+    size = 0.3 if bool((p == 1).all()) else 0.2
+    return torch.nan_to_num(p) + (size if p.requires_grad else 0.1 * size) * noise
 
 
 def _matrix(module: nn.Module, p: Tensor) -> Tensor:
