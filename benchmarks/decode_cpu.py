@@ -98,7 +98,7 @@ def taut_turn(runner: Runner) -> Turn:
     first = int(logits.argmax())
 
     def turn(tokens: int) -> Tensor:
-        token = first
+        token, found = first, runner.logits
         for i in range(tokens):
             found = runner.run(at(token), at(PROMPT + i), at(0))
             token = int(found.argmax())
@@ -123,7 +123,7 @@ def transformers_turn(weights: Weights) -> Turn:
     first, cache = past.logits[:, -1:].argmax(-1), past.past_key_values
 
     def turn(tokens: int) -> Tensor:
-        token = first
+        token, found = first, past.logits
         for _ in range(tokens):
             found = model(token, past_key_values=cache, use_cache=True).logits
             token = found[:, -1:].argmax(-1)
@@ -271,11 +271,10 @@ def growth(weights: Weights, form: str) -> list[dict[str, float]]:
         for context, batch in points:
             slots = torch.arange(batch)
             inputs = slots + 5, torch.full((batch,), context - 1), slots
-            for _ in range(2):
-                start = time.perf_counter()
-                runner.run(*inputs)
-                end = time.perf_counter()
-            times[context, batch].append(end - start)
+            runner.run(*inputs)
+            start = time.perf_counter()
+            runner.run(*inputs)
+            times[context, batch].append(time.perf_counter() - start)
     for context, batch in points:
         ms = statistics.median(times[context, batch]) * 1e3
         least = runner.bytes_a_token([context - 1] * batch)
