@@ -40,6 +40,7 @@ class Engine(Protocol):
     def prefill(self, ids: Any, slot: int = 0) -> Tensor: ...
     def decode(self, tokens: Any) -> Tensor: ...
     def reset(self, slot: int | None = None) -> None: ...
+    def explain(self) -> list[str]: ...
 
 
 @dataclass
@@ -65,7 +66,10 @@ class Timed:
 
 @dataclass
 class Bench:
-    """One run. `rows` is empty where parity failed; `failed` says which runners could not run, and why."""
+    """One run. `rows` is empty where parity failed; `failed` says which runners could not run, and why.
+
+    `apart` has the reason for each step that the engine leaves to torch.
+    """
 
     model: str
     weights: str
@@ -75,6 +79,7 @@ class Bench:
     machine: Machine
     rows: list[Timed] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+    apart: list[str] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
     costs: list[Cost] = field(default_factory=list)
 
@@ -86,6 +91,7 @@ class Bench:
         shown = {"model": self.model, "weights": self.weights, "prompt": self.prompt, "tokens": self.tokens}
         rows = [row.as_dict() for row in self.rows]
         shown |= {"parity": self.parity.as_dict(), "rows": rows, "failed": self.failed}
+        shown["apart"] = self.apart
         return shown | {"machine": asdict(self.machine), "environment": self.environment}
 
     def save(self, path: Path) -> None:
@@ -185,7 +191,8 @@ def bench(
     tell("checking parity", 0, 1)
     parity = _parity(eager, ours, loaded, ids, prompt, tokens, stored)
     here = machines.measured() or machines.measure(lambda what: tell(what, 0, 1))
-    result = Bench(name, stored, prompt, tokens, parity, here, environment=environment())
+    apart = ours.engine.explain()
+    result = Bench(name, stored, prompt, tokens, parity, here, apart=apart, environment=environment())
     if not parity.passed:
         return result
     runners: dict[str, Runner] = {"transformers": eager, "taut": ours}

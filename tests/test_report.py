@@ -111,7 +111,7 @@ def test_what_the_inspected_page_says(inspected):
 
 def test_what_the_bench_page_says(benched):
     text = benched.read_text()
-    for word in ("the same model", "transformers", "slack", "speed-up", "best of 3 reads"):
+    for word in ("the same model", "transformers", "slack", "speed-up", "best of 3 reads", "which torch runs"):
         assert word in text
 
 

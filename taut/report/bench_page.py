@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from taut.report import page as html
 from taut.report.inspect_page import environment
 from taut.report.roofline import Point, roofline
-from taut.words import duration, size
+from taut.words import duration, general, size
 
 if TYPE_CHECKING:
     from taut.benchmark import Bench, Timed
@@ -21,6 +21,7 @@ def bench_page(found: Bench) -> str:
     body = [html.figures(_headline(found)), _parity(found)] if found.rows else [_parity(found)]
     if found.rows:
         body += [_drawing(found), *(_measured(found, workload) for workload in ("decode", "prefill")), _costs(found)]
+    body.append(_fused(found))
     if found.failed:
         body.append(html.section("Could not run", html.facts(found.failed.items())))
     name = found.model.rstrip("/").rpartition("/")[2]
@@ -48,6 +49,18 @@ def _parity(found: Bench) -> str:
         told = f"step {excuse.step}: float64 margin {excuse.margin:.1e} is below transformers' error {excuse.error:.1e}"
         pairs.append(("excused", told))
     return html.section("Evidence", html.facts(pairs))
+
+
+def _fused(found: Bench) -> str:
+    """What the engine runs as one program, and what it leaves to torch, by reason."""
+    if not found.apart:
+        return html.section("What is fused", html.paragraph("Every step of a token runs in one program."))
+    kinds: dict[str, list[str]] = {}
+    for reason in found.apart:
+        kinds.setdefault(general(reason), []).append(reason)
+    told = f"One program runs every step of a token but {len(found.apart)}, which torch runs:"
+    rows = [(reasons[0], f"{len(reasons)}") for reasons in kinds.values()]
+    return html.section("What is fused", html.paragraph(told), html.table("Left to torch", ("reason", "steps"), rows))
 
 
 def _drawing(found: Bench) -> str:
