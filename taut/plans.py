@@ -10,7 +10,7 @@ from typing import Any
 
 from taut import __version__
 from taut.graph import Graph
-from taut.rewrite import STOCK, TAUT, Form, Rewrite, Site, rewrites
+from taut.rewrite import STEP, STOCK, TAUT, Form, Rewrite, Site, rewrites
 
 SCHEMA = 1
 OUTPUTS = {"all": "all", "logits": "logits"}
@@ -126,6 +126,8 @@ def choose(only: Iterable[str] | None, form: Form) -> list[Rewrite]:
     for name in wanted:
         if name not in known:
             raise BadPlan(f"there is no rewrite {name!r}; there are {', '.join(known)}")
+        if known[name].forms == (STEP,):
+            raise BadPlan(f"{name} is applied when a model is compiled for decoding, and never to a checkpoint")
         if form not in known[name].forms:
             raise BadPlan(f"{name} changes the structure of the model and so needs --form taut")
     return [rewrite for name, rewrite in known.items() if name in wanted]

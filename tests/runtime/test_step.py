@@ -11,8 +11,9 @@ from torch import Tensor
 
 from taut.graph import Graph
 from taut.lift import lift
+from taut.plans import BadPlan, choose
 from taut.proof import AS_GOOD, SAME_FUNCTION
-from taut.rewrite import STEP, rewrites
+from taut.rewrite import STEP, TAUT, rewrites
 from taut.runtime.engine import Engine
 from taut.runtime.lower import lower
 from taut.runtime.plain import PlainRunner
@@ -152,6 +153,12 @@ def test_sites_of_a_llama_counted_by_hand(rewrite):
     sites = rewrites()[rewrite].find(lift(tidied(step("LlamaForCausalLM"))), STEP)
     counted = {"fuse_norm_linear": 2 * 5 + 1, "fuse_residual": 2 * 2}
     assert [site.refused for site in sites] == [None] * counted.get(rewrite, 2)
+
+
+def test_fusing_is_not_for_checkpoints():
+    with pytest.raises(BadPlan, match="compiled for decoding"):
+        choose(["fuse_glu"], TAUT)
+    assert not [r for r in choose(None, TAUT) if STEP in r.forms]
 
 
 def test_a_wrong_table_is_noticed():
