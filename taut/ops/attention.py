@@ -38,8 +38,13 @@ def attention(
     `softcap` c puts c tanh(s / c) in place of a score s, before the mask. `alibi` holds a slope a head, which
     multiplies key position less query position. `sinks` holds a logit a head, which only adds to the denominator.
     """
-    groups = q.shape[1] // k.shape[1]
-    keys, values = (wide(t).repeat_interleave(groups, 1) for t in (k, v))
+    weights, total = exponentials(q, k, mask, scale, causal, softcap, window, sinks, alibi)
+    return (weights / total @ wide(v).repeat_interleave(q.shape[1] // k.shape[1], 1)).to(q.dtype)
+
+
+def exponentials(q, k, mask, scale, causal, softcap, window, sinks, alibi) -> tuple[Tensor, Tensor]:
+    """Attention's weights before their division, (batch, heads, length, keys), and what divides them, (..., 1)."""
+    keys = wide(k).repeat_interleave(q.shape[1] // k.shape[1], 1)
     scores = wide(q) @ keys.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -48,8 +53,7 @@ def attention(
         scores = scores - alibi[:, None, None] * ago
     if mask is not None and mask.dtype != torch.bool:
         scores = scores + mask
-    scores = scores.masked_fill(~_visible(ago, mask, causal, window), float("-inf"))
-    return (_softmax(scores, sinks) @ values).to(q.dtype)
+    return _exponentials(scores.masked_fill(~_visible(ago, mask, causal, window), float("-inf")), sinks)
 
 
 def _positions_ago(length: int, keys: int, device: torch.device) -> Tensor:
@@ -64,7 +68,7 @@ def _visible(ago: Tensor, mask: Tensor | None, causal: bool, window: int | None)
     return visible if window is None else visible & (ago < window)
 
 
-def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+def _exponentials(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     peak = scores.detach().amax(-1, keepdim=True)
     if sinks is not None:
         peak = torch.maximum(peak, sinks.detach()[:, None, None])
@@ -73,7 +77,7 @@ def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
     total = weights.sum(-1, keepdim=True)
     if sinks is not None:
         total = total + torch.exp(sinks[:, None, None] - peak)
-    return weights / total.masked_fill(total == 0, 1)
+    return weights, total.masked_fill(total == 0, 1)
 
 
 @attention.least
