@@ -21,8 +21,8 @@ VOCAB, HEADS = 13, 2
 class Chain:
     """Operations in a row, each with a number that says how; `start` is what it reads, `end` what becomes of it.
 
-    At the "end" it is put into the stream as it is (raw), through a linear layer, through a norm and a linear layer,
-    in the stream's place (instead), or it is an output.
+    At the end it is put into the stream as it is (raw), through a linear layer (linear, or biased), through a norm and
+    such a layer (norm), in the stream's place (instead), or it is an output.
     """
 
     start: str
@@ -186,18 +186,19 @@ class Pass:
                 continue
             if chain.end == "norm":
                 value = self.norm(f"{norm_key}_c{j}_end", block.norm, value)
-            back = self.back(f"{layer}_c{j}_out", chain.end in ("raw", "instead"), value, x)
+            back = self.back(f"{layer}_c{j}_out", chain.end, value, x)
             x = back if chain.end == "instead" and back.shape == x.shape else x + back
         return x
 
-    def back(self, key: str, raw: bool, value: Tensor, stream: Tensor) -> Tensor:
+    def back(self, key: str, end: str, value: Tensor, stream: Tensor) -> Tensor:
         """A value in a shape that may be added to the stream, through a linear layer or as raw as can be."""
-        if raw and value.ndim == 3 and all(v in (1, s) for v, s in zip(value.shape, stream.shape, strict=True)):
+        fits = value.ndim == 3 and all(v in (1, s) for v, s in zip(value.shape, stream.shape, strict=True))
+        if fits and end in ("raw", "instead"):
             return value
         if value.ndim == 3 and value.shape[:2] == stream.shape[:2]:
-            return self.linear(key, value, stream.shape[-1])
+            return self.linear(key, value, stream.shape[-1], end == "biased")
         if value.ndim >= 2 and value.shape[0] == stream.shape[0]:
-            return self.linear(key, value.flatten(1), stream.shape[-1])[:, None]
+            return self.linear(key, value.flatten(1), stream.shape[-1], end == "biased")[:, None]
         return value.mean()
 
 
@@ -758,14 +759,14 @@ NEAR = {
         pick="0 1 2 3 4 5",
     ),
     "mean": _ways(
-        move="0 1 2 3 4 6 7 10 10 11",
-        reduce="0 1 2 3 4 5",
-        elementwise="0 3 4 6 7 15",
-        pair="0 3 8 9 10 12 14",
-        mask="0 1 2 4 5",
-        parametric="0 1 1 2 5 6 9 11",
+        move="0 1 3 4 7 10 10 10 11",
+        reduce="0 1 3 4 5",
+        elementwise="0 0 4 4 7",
+        pair="3 8 9 10 14",
+        mask="1 4 5",
+        parametric="0 1 1 1 2 5 11",
         join="0 1 2 3 4",
-        pick="0 1 2 5",
+        pick="0 5",
         linear="0 3",
         conv="0 4",
         batch_norm="0 1",
@@ -789,19 +790,23 @@ NEAR = {
     ),
 }
 """Operations through which a norm's gain, a stream's mean or a norm's scalar comes, or might seem to."""
-PASS = _ways(linear="0 1", move="0 2 3 4 5", elementwise="0 3", pair="0 1", reduce="0 3", join="0 2")
-"""Operations that mostly let all of them through."""
+PASS = {
+    "gain": _ways(move="2 4 5 6", mask="2", elementwise="6"),
+    "mean": _ways(move="2 6", mask="0", elementwise="3 6"),
+    "scale": _ways(linear="0 1", move="0 2 3 4 5", elementwise="0 3", pair="0 1", reduce="0 3", join="0 2 2"),
+}
+"""Operations that mostly let it through."""
 
 
 @st.composite
 def pointed(draw: st.DrawFn, fact: str) -> Chain:
     """An operation near a fact, and few others: from a norm, from a stream, or from a layer behind a norm."""
-    some = lambda: draw(st.lists(st.sampled_from(PASS), max_size=1)) if draw(st.booleans()) else []  # noqa: E731
+    some = lambda: draw(st.lists(st.sampled_from(PASS[fact]), max_size=1)) if draw(st.booleans()) else []  # noqa: E731
     near = (*some(), draw(st.sampled_from(NEAR[fact])), *some())
     if fact == "gain":
-        return Chain("norm", near, draw(st.sampled_from(["linear", "linear", "norm"])))
+        return Chain("norm", near, draw(st.sampled_from(["linear", "biased", "biased"])))
     if fact == "mean":
-        start = draw(st.sampled_from(["stream", "stream", "norm"]))
+        start = draw(st.sampled_from(["stream", "stream", "stream", "norm"]))
         return Chain(start, near, draw(st.sampled_from(["raw", "norm", "norm", "instead"])))
     start = draw(st.sampled_from(["norm", "norm", "norm", "middle"]))
     layer = ("linear", draw(st.sampled_from([0, 1])))
@@ -813,6 +818,20 @@ USED = {
     "mean": ("layer", "layer without bias", "layer var"),
     "scale": ("rms", "rms 1+w", "rms divides", "rms without gain", "layer without bias", "layer without gain"),
 }
+
+
+def plain_probes(fact: str) -> list[Spec]:
+    """Every operation near a fact by itself, where it matters most."""
+    settings = {
+        "gain": (("rms", "norm", (), "linear"), ("layer", "norm", (), "biased")),
+        "mean": (("layer", "stream", (), "norm"), ("layer", "stream", (), "raw")),
+        "scale": (("rms", "norm", (("linear", 0),), "norm"), ("rms", "norm", (("linear", 0),), "instead")),
+    }
+    return [
+        Spec((Block("probe", norm, "", "", (Chain(start, (*before, op), end),)),), final_norm=norm)
+        for op in dict.fromkeys(NEAR[fact])
+        for norm, start, before, end in settings[fact]
+    ]
 
 
 @st.composite
