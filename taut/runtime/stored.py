@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taut.checkpoint import Checkpoint, open_checkpoint
+from taut.checkpoint import BadInput, Checkpoint, open_checkpoint
 from taut.graph import Graph
 from taut.runtime import saved
 from taut.runtime.compiling import Progress, bind, step_graph, stop_tokens, window
@@ -58,6 +58,9 @@ def _exported(
     from taut.shrink.weights import cast_weights
 
     opened = open_model(model, revision, trust_remote_code)
+    if opened.in_taut_form:
+        cure = "compile the original or its stock form: the engine fuses by itself"
+        raise BadInput(f"{opened.checkpoint.path}: a checkpoint in taut form cannot be compiled yet", cure)
     tell("exporting the step")
     graph = step_graph(cast_weights(opened.meta, torch.float32), window(opened.config, max_length))
     bind(graph, dict(opened.buffers()))

@@ -143,6 +143,15 @@ def test_a_step_that_cannot_be_exported_says_why():
         taut.compile(tiny_model(transformers.MambaForCausalLM))
 
 
+def test_a_rewritten_checkpoint_gives_the_same_tokens_in_stock_form_and_is_refused_in_taut_form(tmp_path):
+    expected = list(taut.compile(DEMO, weights="fp32").generate(ids(9), 20))
+    taut.apply(DEMO, out=tmp_path / "stock")
+    taut.apply(DEMO, out=tmp_path / "taut", form="taut", only=["merge_linears"])
+    assert list(taut.compile(tmp_path / "stock", weights="fp32").generate(ids(9), 20)) == expected
+    with pytest.raises(BadInput, match="taut form"):
+        taut.compile(tmp_path / "taut")
+
+
 def test_the_second_start_exports_nothing(monkeypatch):
     prompt = ids(9)
     first = list(taut.compile(DEMO, max_length=64).generate(prompt, 8))
