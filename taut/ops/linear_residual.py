@@ -73,16 +73,22 @@ def _triton_fits(x, weight, residual, bias=None, scale=None) -> Reason:
     if residual.dtype != x.dtype:
         return "x and residual differ in dtype"
     reason = _gpu.refuses_product(x, (weight,), (scale,), residual, bias)
-    return reason or _gpu.vendor("linear", x, weight)
+    if reason is None and bias is not None and _gpu.many(x):
+        return "a bias, and more tokens than our own product serves"
+    return reason or _gpu.slower("linear", x, weight)
 
 
 @linear_residual.impl("triton", when=_triton_fits, opaque=True)
 def _(
     x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    y = torch.empty_like(residual, memory_format=torch.contiguous_format)
-    flat, config = x.reshape(-1, x.shape[-1]), _gpu.chosen("linear", x, weight)
-    _gpu.kernel("launch", "project")(flat, weight, y, config, bias=bias, residual=residual.contiguous())
+    flat = x.reshape(-1, x.shape[-1])
+    if _gpu.many(x):
+        y = torch.addmm(residual.reshape(-1, residual.shape[-1]), flat, weight.mT).view(residual.shape)
+    else:
+        y = torch.empty_like(residual, memory_format=torch.contiguous_format)
+        config = _gpu.chosen("linear", x, weight)
+        _gpu.kernel("launch", "project")(flat, weight, y, config, bias=bias, residual=residual.contiguous())
     squares = _gpu.kernel("launch", "row_squares")(y.view(-1, y.shape[-1]))
     return y, squares.view(*y.shape[:-1], 1)
 

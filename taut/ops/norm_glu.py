@@ -6,8 +6,10 @@ Differs: with an activation that is not homogeneous the scalar is put in right b
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
+from torch.nn.functional import linear as product
 
 from taut.op import Reason, Work, nbytes, op
 from taut.ops import _gpu
@@ -92,7 +94,9 @@ def _triton_fits(x, gate, up, gain=None, eps=1e-6, act="silu", gate_scale=None, 
         return f"no activation {act!r}"
     if gain is not None and x.numel() > x.shape[-1]:
         return "a gain that is not folded into the weight, and more than one token"
-    return _gpu.refuses_product(x, (gate, up), (gate_scale, up_scale), gain) or _gpu.vendor("glu", x, gate)
+    if x.dtype == torch.float16 and _gpu.many(x):
+        return "a product that is rounded before the division may leave float16's range"
+    return _gpu.refuses_product(x, (gate, up), (gate_scale, up_scale), gain) or _gpu.slower("glu", x, gate)
 
 
 @norm_glu.impl("triton", when=_triton_fits, opaque=True)
@@ -107,7 +111,10 @@ def _(
     up_scale: Tensor | None = None,
 ) -> Tensor:
     y = x.new_empty(*x.shape[:-1], gate.shape[0])
-    flat, config = x.reshape(-1, x.shape[-1]), _gpu.chosen("glu", x, gate)
+    flat = x.reshape(-1, x.shape[-1])
+    if _gpu.many(x):
+        return _gpu.kernel("launch", "glu_rows")(flat, product(flat, gate), product(flat, up), y, eps, act)
+    config = _gpu.chosen("glu", x, gate)
     _gpu.kernel("launch", "project")(flat, gate, y, config, up=up, act=act, gain=gain, eps=eps)
     return y
 

@@ -6,8 +6,10 @@ Differs: the unscaled product is never rounded: accumulated and scaled in float3
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
+from torch.nn.functional import linear as product
 
 from taut.op import Reason, Work, nbytes, op
 from taut.ops import _gpu
@@ -78,10 +80,10 @@ def _(x, weight, gain=None, bias=None, eps=1e-6, residual=None, scale=None):
 def _triton_fits(x, weight, gain=None, bias=None, eps=1e-6, residual=None, scale=None) -> Reason:
     if isinstance(eps, Tensor):
         return "eps is a tensor"
-    if gain is not None and x.numel() > x.shape[-1]:
+    if gain is not None and x.numel() > x.shape[-1] and not _gpu.many(x):
         return "a gain that is not folded into the weight, and more than one token"
     reason = _gpu.refuses_product(x, (weight,), (scale,), gain, bias, residual)
-    return reason or _gpu.vendor("linear", x, weight)
+    return reason or _gpu.slower("linear", x, weight)
 
 
 @norm_linear.impl("triton", when=_triton_fits, opaque=True)
@@ -94,10 +96,14 @@ def _(
     residual: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1])
+    if _gpu.many(x):
+        h = _gpu.kernel("launch", "norm_rows")(flat, gain, torch.empty_like(flat), eps).view(x.shape)
+        y = product(h, weight, bias)
+        return y if residual is None else y + residual
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     rows = None if residual is None else residual.contiguous()
     config = _gpu.chosen("linear", x, weight)
-    flat = x.reshape(-1, x.shape[-1])
     _gpu.kernel("launch", "project")(flat, weight, y, config, gain=gain, bias=bias, residual=rows, eps=eps)
     return y
 

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from taut.ops.decode_attention import decode_attention
+from taut.ops.linear_residual import linear_residual
+from taut.ops.norm_glu import norm_glu
 from taut.ops.norm_linear import norm_linear
 
 INTERPRETED = Path(__file__).with_name("triton_cases.py")
@@ -31,7 +34,15 @@ def cases() -> list[tuple[str, float, float]]:
 
 @pytest.mark.parametrize(
     ("kernel", "count"),
-    [("norm_linear", 7), ("linear", 7), ("norm_glu", 14), ("row_squares", 1), ("glu_rows", 1), ("decode", 9)],
+    [
+        ("norm_linear", 7),
+        ("linear", 7),
+        ("norm_glu", 14),
+        ("row_squares", 1),
+        ("glu_rows", 1),
+        ("norm_rows", 1),
+        ("decode", 9),
+    ],
 )
 def test_kernels_are_as_accurate_as_plain_code(cases, kernel: str, count: int):
     found = [case for case in cases if case[0].startswith(kernel)]
@@ -87,3 +98,46 @@ def test_every_configuration_of_the_table_is_right_and_repeats_itself_under_load
                     done @ done
             wrong += (tune.fused(x, weight, up, config) != first).any()
         assert wrong == 0, row
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 7, 64, 65, 300])
+def test_ops_on_a_gpu_are_as_accurate_as_torch(tokens: int):
+    torch.manual_seed(0)
+    x, weight, up, residual = (
+        torch.randn(size, device="cuda").bfloat16() for size in ((tokens, 576), (960, 576), (960, 576), (tokens, 960))
+    )
+    for op, args in ((norm_linear, (x, weight)), (norm_glu, (x, weight, up)), (linear_residual, (x, weight, residual))):
+        assert dict(op.explain(*args))["triton"] == "fits"
+        truth = op.reference(*(a.double() for a in args))
+        y, plain, true = (tree_leaves(r)[0] for r in (op(*args), op(*args, impl="torch"), truth))
+        assert (y.double() - true).norm() <= 2 * (plain.double() - true).norm()
+    y, squares = linear_residual(x, weight, residual)
+    torch.testing.assert_close(squares, y.double().square().sum(-1, keepdim=True).float())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "k", "n"), [(1, 77, 30), (1, 4104, 33), (3, 72, 50), (16, 1001, 130), (50, 520, 77)]
+)
+def test_products_of_any_size_on_a_gpu(tokens: int, k: int, n: int, dtype: torch.dtype):
+    from taut.ops._triton.launch import Config, project
+
+    torch.manual_seed(0)
+    x, weight, up, bias, residual = (
+        torch.randn(*size, device="cuda").to(dtype) for size in ((tokens, k), (n, k), (n, k), (n,), (tokens, n))
+    )
+    few = [Config(2, 0, 1024, 1, 1, 2), Config(16, 0, 512, 1, 1, 8, 128)]
+    many = [Config(64, 16, 64, 4, 3, 4, 512), Config(64, 64, 128, 2, 4), Config(128, 64, 64, 1, 4)]
+    args = (x.double(), weight.double(), None, bias.double(), 1e-5, residual.double())
+    truth = norm_linear.reference(*args)
+    plain = norm_linear(x, weight, None, bias, 1e-5, residual, impl="torch")
+    error = lambda y: float((y.double() - truth).norm() / truth.norm())  # noqa: E731
+    for config in few if tokens == 1 else many:
+        y = torch.full((tokens, n), float("nan"), dtype=dtype, device="cuda")
+        assert error(project(x, weight, y, config, bias=bias, residual=residual, eps=1e-5)) <= 2 * error(plain)
+        y = project(x, weight, y.fill_(float("nan")), config, up=up, act="silu", eps=1e-5)
+        gated = norm_glu.reference(x.double(), weight.double(), up.double(), None, 1e-5)
+        plainly = norm_glu(x, weight, up, None, 1e-5, impl="torch")
+        assert (y.double() - gated).norm() <= 2 * (plainly.double() - gated).norm()

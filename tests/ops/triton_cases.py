@@ -18,6 +18,7 @@ from taut.ops._triton.launch import (
     Config,
     decode_attention,
     glu_rows,
+    norm_rows,
     project,
     row_squares,
     sample_lm_head,
@@ -26,6 +27,7 @@ from taut.ops.decode_attention import decode_attention as attention
 from taut.ops.linear import linear
 from taut.ops.norm_glu import norm_glu
 from taut.ops.norm_linear import norm_linear
+from taut.ops.rms_norm import rms_norm
 
 MATVEC, SPLIT = Config(4, 0, 64), Config(16, 16, 32, 2)
 WHOLE, WIDE = Config(32, 16, 32), Config(64, 64, 64)
@@ -76,6 +78,9 @@ def products() -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
 def rows() -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
     y = make(3, 300)
     yield "row_squares", row_squares(y), y.double().square().sum(-1, keepdim=True), y.square().sum(-1, keepdim=True)
+    x, gain = with_gaps(make(301, 77)), make(77)
+    truth, plain = rms_norm.reference(*widened((x, gain, 1e-2))), rms_norm.reference(x, gain, 1e-2)
+    yield "norm_rows", norm_rows(x, gain, poisoned(301, 77), 1e-2), truth, plain
     x, gate, up = make(3, 40), make(30, 40), make(30, 40)
     g, u = x @ gate.T, x @ up.T
     truth = norm_glu.reference(*widened((x, gate, up)))

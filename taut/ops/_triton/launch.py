@@ -99,6 +99,17 @@ def row_squares(y: Tensor) -> Tensor:
     return squares
 
 
+def norm_rows(x: Tensor, gain: Tensor | None, y: Tensor, eps: float) -> Tensor:
+    """Write rms_norm(x, gain, eps) of x [tokens, k] into a contiguous y and return it."""
+    pdl, (tokens, k) = not interpreted(), x.shape
+    block = triton.next_power_of_2(k)
+    rows = 1 << (max(1, min(4096 // block, tokens // 128)).bit_length() - 1)
+    options = _options(Config(0, 0, 0, warps=max(2, min(8, rows * block // 512))), pdl)
+    sizes = tokens, k, x.stride(0), eps
+    products.norm_rows[(triton.cdiv(tokens, rows),)](x, gain, y, *sizes, rows, block, pdl, **options)
+    return y
+
+
 def glu_rows(x: Tensor, gate: Tensor, up: Tensor, y: Tensor, eps: float, act: str) -> Tensor:
     """Write act(gate s) * (up s) with s = 1 / rms(x), a scalar a row, into y; gate, up, y contiguous [tokens, n]."""
     pdl = not interpreted()

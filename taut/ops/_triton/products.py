@@ -278,6 +278,21 @@ def row_squares(y, squares, n, BN: tl.constexpr, PDL: tl.constexpr):
 
 
 @triton.jit
+def norm_rows(x, gain, y, tokens, k, x_stride, eps, ROWS: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr):
+    """rms_norm of ROWS rows a program, each of them at once."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    rows, cols = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BK)
+    live = (rows < tokens)[:, None] & (cols < k)[None, :]
+    v = tl.load(x + rows.to(tl.int64)[:, None] * x_stride + cols[None, :], mask=live, other=0).to(tl.float32)
+    v *= tl.rsqrt(tl.sum(v * v, 1) / k + eps)[:, None]
+    if gain is not None:
+        v *= tl.load(gain + cols, mask=cols < k, other=0).to(tl.float32)[None, :]
+    tl.store(y + rows.to(tl.int64)[:, None] * k + cols[None, :], v.to(y.dtype.element_ty), mask=live)
+
+
+@triton.jit
 def glu_rows(x, gate, up, y, n, k, x_stride, eps, ACT: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr):
     """act(gate s) * (up s) of the unscaled products of one token a program, with s = 1 / rms(x) of its row."""
     if PDL:
