@@ -33,7 +33,7 @@ def parity(draws: int = 40) -> dict[str, int]:
     heat[::7] = 0
     differ = 0
     for seed in range(draws):
-        expected = sampling.sample_lm_head(h, weight, heat, seed=seed, step=3 * seed)
+        expected = sampling.sample_lm_head(h.double(), weight.double(), heat, seed=seed, step=3 * seed)
         ids, _ = sample_lm_head(h, weight, heat, torch.tensor([seed, 3 * seed], device="cuda"))
         differ += int((ids != expected.ids).sum())
     return {"draws": 64 * draws, "differ": differ}

@@ -141,3 +141,16 @@ def test_products_of_any_size_on_a_gpu(tokens: int, k: int, n: int, dtype: torch
         gated = norm_glu.reference(x.double(), weight.double(), up.double(), None, 1e-5)
         plainly = norm_glu(x, weight, up, None, 1e-5, impl="torch")
         assert (y.double() - gated).norm() <= 2 * (plainly.double() - gated).norm()
+
+
+@pytest.mark.gpu
+def test_draws_on_a_gpu_are_those_of_float64():
+    """float32 logits could part from float64's only where the best two noisy ones lie within rounding."""
+    from taut.nn.sampling import sample_lm_head
+
+    torch.manual_seed(0)
+    h, weight = torch.randn(5, 64, device="cuda").bfloat16(), torch.randn(1003, 64, device="cuda").bfloat16() * 0.2
+    heat, mask = torch.tensor([0, 1.0, 0.5, 2, 1], device="cuda"), torch.rand(1003, device="cuda") > 0.3
+    for seed in (0, 2**64 - 5):
+        drawn = sample_lm_head(h, weight, heat, mask, seed, step=7)
+        assert torch.equal(drawn.ids, sample_lm_head(h.double(), weight.double(), heat, mask, seed, step=7).ids)
