@@ -21,6 +21,7 @@ from taut.techniques import catalogue, markdown
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 CHECKPOINTS = ROOT / "docs" / "checkpoints.md"
+RUNTIME = ROOT / "docs" / "runtime.md"
 HUB_ID = r"\b[A-Za-z]\w+/[\w.-]*\d[\w.-]*\b"
 
 
@@ -52,6 +53,18 @@ def streaming() -> str:
         f"{len(found['runs']['taut'])} runs each, from a cold cache, until synced), with at most\n"
         f"{found['peak_gb']:.2f} GB of resident memory (`python benchmarks/streaming.py`)."
     )
+
+
+def decode() -> str:
+    """What was measured of decoding, against its peers in the same run."""
+    found = json.loads((ROOT / "benchmarks" / "results" / "decode_cpu.json").read_text())
+    rows = [f"| {r['name']} | {r['ms']:.2f} | {r['gb_per_s']:.1f} | {r['slack']:.2f} |" for r in found["rows"]]
+    head = (
+        f"A Llama of 135 million parameters (SmolLM2's shape, random weights) on {found['threads']} cores, one "
+        f"sequence behind\na prompt of {found['prompt']} tokens, all in one run, turn by turn. The best read of that run was "
+        f"{found['bandwidth'] / 1e9:.0f} GB/s\n(`python benchmarks/decode_cpu.py`)."
+    )
+    return "\n".join([head, "", "| | ms a token | GB/s | slack |", "|---|---|---|---|", *rows])
 
 
 def demo() -> str:
@@ -89,6 +102,10 @@ def test_the_table_of_techniques_is_the_one_of_the_code():
 
 def test_the_figures_of_streaming_are_those_measured():
     assert between("streaming", CHECKPOINTS) == streaming(), "run `make readme`"
+
+
+def test_the_figures_of_decoding_are_those_measured():
+    assert between("decode", RUNTIME) == decode(), "run `make readme`"
 
 
 def test_the_python_example_runs(monkeypatch, capsys):
@@ -155,7 +172,7 @@ def test_every_option_that_the_readme_names_exists():
             assert option in helps[verb], (verb, option)
 
 
-VERBS = ("inspect", "plan", "apply", "verify", "techniques", "demo")
+VERBS = ("inspect", "plan", "apply", "verify", "generate", "bench", "machines", "techniques", "demo")
 
 
 def renew(path: Path, mark: str, new: str) -> None:
@@ -165,4 +182,5 @@ def renew(path: Path, mark: str, new: str) -> None:
 if __name__ == "__main__":
     renew(README, "techniques", markdown(catalogue()))
     renew(CHECKPOINTS, "streaming", streaming())
+    renew(RUNTIME, "decode", decode())
     renew(README, "demo", f"```text\n{demo()}\n```")
