@@ -90,14 +90,16 @@ class Pass:
         self.outputs: dict[str, Tensor] = {}
 
     def weight(self, key: str, *size: int, mean: float = 0.0) -> Tensor:
+        key = "_".join([key, *map(str, size)])
         if key not in self.model.weights:
             noise = torch.randn(size, generator=self.model.generator)
             scale = 0.4 if len(size) < 2 else 1.0 / size[-1] ** 0.5
             self.model.weights[key] = nn.Parameter(mean + scale * noise)
         return self.model.weights[key]
 
-    def part(self, key: str, make: Callable[[], nn.Module]) -> nn.Module:
-        key = key.replace(".", "_")
+    def part(self, key: str, size: int, make: Callable[[], nn.Module]) -> nn.Module:
+        """Blocks that share their weights share what is of the same size."""
+        key = f"{key}_{size}".replace(".", "_")
         if key not in self.model.parts:
             part = make().eval()
             with torch.no_grad():
@@ -111,10 +113,10 @@ class Pass:
         return self.model.parts[key]
 
     def linear(self, key: str, x: Tensor, out: int, bias: bool = False) -> Tensor:
-        return self.part(key, lambda: nn.Linear(x.shape[-1], out, bias=bias))(x)
+        return self.part(f"{key}_{out}", x.shape[-1], lambda: nn.Linear(x.shape[-1], out, bias=bias))(x)
 
     def norm(self, key: str, kind: str, x: Tensor) -> Tensor:
-        return self.part(f"{key}_{kind}_{x.shape[-1]}", lambda: NORMS[kind](x.shape[-1], self.spec.eps))(x)
+        return self.part(f"{key}_{kind}", x.shape[-1], lambda: NORMS[kind](x.shape[-1], self.spec.eps))(x)
 
     def run(self, ids: Tensor) -> dict[str, Tensor]:
         spec = self.spec
@@ -375,15 +377,15 @@ def _cross(m: Pass, key: str, b: Block, y: Tensor) -> Tensor:
 
 def _conv(m: Pass, key: str, b: Block, y: Tensor, groups: int = 1) -> Tensor:
     size, bias = y.shape[-1], bool(b.biases & 1)
-    layer = m.part(key, lambda: nn.Conv1d(size, size, 3, padding=1, groups=groups, bias=bias))
+    layer = m.part(key, size, lambda: nn.Conv1d(size, size, 3, padding=1, groups=groups, bias=bias))
     return m.linear(f"{key}_o", layer(y.mT).mT, size, bool(b.biases & 4))
 
 
 def _batch_normed(m: Pass, key: str, b: Block, y: Tensor) -> Tensor:
     """A convolution between two batch norms, as in a Conformer."""
     size = y.shape[-1]
-    before, after = (m.part(f"{key}_{where}", lambda: nn.BatchNorm1d(size)) for where in ("before", "after"))
-    layer = m.part(key, lambda: nn.Conv1d(size, size, 1 + b.biases % 3, bias=bool(b.biases & 1)))
+    before, after = (m.part(f"{key}_{where}", size, lambda: nn.BatchNorm1d(size)) for where in ("before", "after"))
+    layer = m.part(key, size, lambda: nn.Conv1d(size, size, 1 + b.biases % 3, bias=bool(b.biases & 1)))
     pad = F.pad(before(y.mT), (0, b.biases % 3))
     return m.linear(f"{key}_o", F.silu(after(layer(pad))).mT, size, bool(b.biases & 4))
 
@@ -463,7 +465,7 @@ def _windows(m: Pass, key: str, x: Tensor, how: int, groups: int) -> Tensor:
         return x
     make = lambda: nn.Conv1d(x.shape[-1], x.shape[-1], 1 + how % 3, padding=how // 3 % 2, groups=groups, bias=how > 3)  # noqa: E731
     padded = x if x.shape[1] >= 3 else x.repeat(1, 3, 1)
-    return m.part(key, make)(padded.mT).mT
+    return m.part(key, x.shape[-1], make)(padded.mT).mT
 
 
 def _scaled_weight(m: Pass, key: str, x: Tensor, how: int, _: Tensor) -> Tensor:
@@ -694,7 +696,9 @@ OPS: dict[str, Operation] = {
     "linear": lambda m, key, x, how, s: m.linear(key, x, (8, 6, 1)[how % 3], bias=how > 2),
     "norm": lambda m, key, x, how, s: m.norm(key, (*USUAL, "rms without gain")[how % 10], x),
     "batch norm": lambda m, key, x, how, s: (
-        m.part(key, lambda: nn.BatchNorm1d(x.shape[1], eps=1e-3, affine=how % 2 == 0))(x) if x.ndim == 3 else x
+        m.part(key, x.shape[1], lambda: nn.BatchNorm1d(x.shape[1], eps=1e-3, affine=how % 2 == 0))(x)
+        if x.ndim == 3
+        else x
     ),
     "conv": lambda m, key, x, how, s: _windows(m, key, x, how, 1),
     "depthwise": lambda m, key, x, how, s: _windows(m, key, x, how, x.shape[-1]),

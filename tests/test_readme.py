@@ -61,8 +61,8 @@ def decode() -> str:
     rows = [f"| {r['name']} | {r['ms']:.2f} | {r['gb_per_s']:.1f} | {r['slack']:.2f} |" for r in found["rows"]]
     head = (
         f"A Llama of 135 million parameters (SmolLM2's shape, random weights) on {found['threads']} cores, one "
-        f"sequence behind\na prompt of {found['prompt']} tokens, all in one run, turn by turn. The best read of that run was "
-        f"{found['bandwidth'] / 1e9:.0f} GB/s\n(`python benchmarks/decode_cpu.py`)."
+        f"sequence behind\na prompt of {found['prompt']} tokens, all in one run, turn by turn. The best read of that "
+        f"run was {found['bandwidth'] / 1e9:.0f} GB/s\n(`python benchmarks/decode_cpu.py`)."
     )
     return "\n".join([head, "", "| | ms a token | GB/s | slack |", "|---|---|---|---|", *rows])
 
