@@ -344,9 +344,12 @@ def machines(
         from dataclasses import asdict
 
         from taut import machine, show_cost
+        from taut.ops import _dispatch
 
         with _progress() as progress:
             here = machine.measure(lambda what: progress(what, 0, 1)) if measure else machine.measured()
+            if measure:
+                _dispatch.measure(lambda what: progress(what, 0, 1))
         known = {name: machine.load(name) for name in machine.names()}
         record = {"this": asdict(here) if here else None, "machines": {name: asdict(m) for name, m in known.items()}}
         _print(as_json, record, lambda: show_cost.machines(known, here))

@@ -84,7 +84,7 @@ def load(name: str) -> Machine:
 def measured() -> Machine | None:
     """What `measure` found on this CPU earlier, with as many threads and the same torch; None if it has not run."""
     try:
-        return _from_json(_cache_file().read_text())
+        return _from_json(cache_file().read_text())
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -122,8 +122,8 @@ def measure(progress: Progress | None = None) -> Machine:
     tell("cost of a call")
     capacities = {"memory": Figure(_memory_bytes()[0], MEASURED), "cache": Figure(last_level_cache(), MEASURED)}
     machine = Machine(cpu_name(), "cpu", peaks, {"memory": bandwidth}, capacities, _call_cost())
-    _cache_file().parent.mkdir(parents=True, exist_ok=True)
-    _cache_file().write_text(json.dumps(asdict(machine), indent=1))
+    cache_file().parent.mkdir(parents=True, exist_ok=True)
+    cache_file().write_text(json.dumps(asdict(machine), indent=1))
     return machine
 
 
@@ -249,7 +249,7 @@ def _memory_bytes() -> tuple[int, int]:
     return page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
 
 
-def _cache_file() -> Path:
+def cache_file() -> Path:
     """Where the measured figures of this CPU, this number of threads and this torch lie."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     what = f"{cpu_name()} {os.cpu_count()} {torch.get_num_threads()} {torch.__version__}"

@@ -80,8 +80,8 @@ def test_choosing_a_machine(tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="unknown machine 'abacus'"):
         machine.choose("abacus")
     here = Machine("c", "cpu", {"float32": Figure(1.0)}, {"memory": Figure(2.0)}, {}, Figure(3.0))
-    machine._cache_file().parent.mkdir(parents=True)
-    machine._cache_file().write_text(json.dumps(dataclasses.asdict(here)))
+    machine.cache_file().parent.mkdir(parents=True)
+    machine.cache_file().write_text(json.dumps(dataclasses.asdict(here)))
     assert machine.choose(None) == machine.choose("this") == machine.choose(machine.cpu_name()) == here
-    machine._cache_file().write_text("{")
+    machine.cache_file().write_text("{")
     assert machine.choose(None) is None

@@ -1,7 +1,8 @@
 """Matrix product with a weight, as in every linear layer.
 
 Source: Vaswani et al., Attention Is All You Need, 2017, arXiv:1706.03762, section 3 (every projection); the weight
-layout (out, in) is PyTorch's, https://docs.pytorch.org/docs/stable/generated/torch.nn.Linear.html.
+layout (out, in) is PyTorch's, https://docs.pytorch.org/docs/stable/generated/torch.nn.Linear.html. Which product serves
+how many tokens: Hong et al., FlashDecoding++, 2023, arXiv:2311.01282, section 5; see `_dispatch`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from torch.nn.functional import linear as product
 
 from taut.op import Reason, Work, nbytes, op
 from taut.ops._cpu import refusal
-from taut.ops._matvec import matvec, refuses_product
+from taut.ops._dispatch import TILE, choose, flat
+from taut.ops._matvec import matvec, refuses_product, refuses_torch
 from taut.ops._weights import dequantize, quantize
 from taut.ops._wide import wide
 
@@ -55,12 +57,38 @@ def _(make):
 
 
 FEW_TOKENS = 4
+"""Up to which the matrix-vector kernel is taken on a machine that has not been measured."""
+
+
+def _slower(way: str, x: Tensor, weight: Tensor) -> Reason:
+    """Why another product than `way` serves a call of one dtype."""
+    rows = x.numel() // max(x.shape[-1], 1)
+    best = choose(rows, weight.shape[0], weight.shape[1], x.dtype)
+    if best is not None:
+        return None if best == way else f"measured here: the {best} product is the fastest for {rows} tokens"
+    if way == "flat":
+        return "no table of measured products; `taut machines --measure` makes one"
+    return (
+        f"torch's own product is faster for more than {FEW_TOKENS} tokens of one dtype" if rows > FEW_TOKENS else None
+    )
+
+
+def _flat_fits(x, weight, bias=None, scale=None) -> Reason:
+    if not x.is_cpu:
+        return f"a tensor is on {x.device.type}"
+    if x.numel() // max(x.shape[-1], 1) % TILE == 0:
+        return f"its rows are a multiple of {TILE} as they are"
+    return refuses_torch(x, weight) or _slower("flat", x, weight)
+
+
+@linear.impl("flat", when=_flat_fits)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    return flat(x, weight, bias)
 
 
 def _fits(x, weight, bias=None, scale=None) -> Reason:
-    if weight.dtype == x.dtype and x.numel() > FEW_TOKENS * x.shape[-1]:
-        return f"torch's own product is faster for more than {FEW_TOKENS} tokens of one dtype"
-    return refuses_product(x, weight, scale) or refusal(bias)
+    slower = _slower("matvec", x, weight) if x.is_cpu and weight.dtype == x.dtype else None
+    return slower or refuses_product(x, weight, scale) or refusal(bias)
 
 
 @linear.impl("numba", when=_fits, opaque=True)

@@ -8,7 +8,6 @@ from taut.nn.mixer.async_softmax import (
     calibrate,
     flat_intensity,
     flat_parallelism,
-    padded_rows,
 )
 
 
@@ -64,10 +63,6 @@ def test_calibration_holds_on_data_that_it_has_not_seen():
 def test_calibration_refuses_scores_that_spread_too_far():
     with pytest.raises(ValueError, match="no one maximum"):
         calibrate([torch.linspace(-496.8, 363.5, 10_000)])
-
-
-def test_flat_products_pad_to_eight():
-    assert [padded_rows(m) for m in (1, 8, 9, 64)] == [8, 8, 16, 64]
 
 
 def test_a_wider_tile_trades_parallelism_for_intensity():

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from taut.ops import _dispatch
 from taut.ops._weights import dequantize, quantize
 from taut.ops.linear import linear
 
@@ -44,7 +45,8 @@ def test_unknown_formats_are_refused():
         quantize(torch.ones(2, 40), 4)
 
 
-def test_many_tokens_are_left_to_torch():
+def test_many_tokens_are_left_to_torch(monkeypatch):
+    monkeypatch.setattr(_dispatch, "table", lambda threads: ())
     x, weight = torch.randn(17, 8), torch.randn(4, 8)
     assert "more than 4 tokens" in dict(linear.explain(x, weight))["numba"]
     assert dict(linear.explain(x, weight.bfloat16()))["numba"] == "more than 16 tokens"

@@ -1,7 +1,7 @@
 """Asynchronised softmax attention: partial sums under one preset maximum, which need not wait for one another.
 
-Source: Hong et al., FlashDecoding++: Faster Large Language Model Inference on GPUs, 2023, arXiv:2311.01282, sections 3
-    and 4.
+Source: Hong et al., FlashDecoding++: Faster Large Language Model Inference on GPUs, 2023, arXiv:2311.01282, section 3;
+    of section 4 the arithmetic of flat products, which `taut/ops/_dispatch.py` runs and chooses (section 5).
 Differs: the preset maximum lies at the calibrated interval's upper end, so that exponentials stay at most about 1 (the
     paper's choice, the lower end, lets them reach e^23, beyond float16). Only the rows that leave the interval are
     computed again.
@@ -56,12 +56,6 @@ def async_attention(
         return output, left
     exact = scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ v
     return torch.where(left[..., None], exact, output), left
-
-
-def padded_rows(rows: int, tile: int = 8) -> int:
-    """Rows that a flat product (few rows, as in decoding) computes: a multiple of 8, the least a matrix unit takes,
-    where general kernels pad to 64."""
-    return tile * math.ceil(rows / tile)
 
 
 def flat_intensity(rows: int, k: int, tile_n: int) -> float:
