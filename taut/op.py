@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import Parameter
 from torch.utils._pytree import tree_map_only
 
 Reason = str | None
+PLAIN = Tensor, Parameter
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def _traceable(name: str, run: Callable[..., Any], reference: Callable[..., Any]
     @functools.wraps(run)
     def call(*args: Any, **kwargs: Any) -> Any:
         first = args[0] if args else next(iter(kwargs.values()))
-        direct = type(first) in (Tensor, Parameter) and not torch.compiler.is_compiling()
+        direct = type(first) in PLAIN and not is_compiling()
         return run(*args, **kwargs) if direct else custom(*args, **kwargs)
 
     return call
@@ -130,4 +132,4 @@ def op(reference: Callable[..., Any]) -> Op:
 
 def nbytes(*tensors: Tensor | None) -> int:
     """Bytes of the tensors, each counted once."""
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+    return sum([t.nbytes for t in tensors if t is not None])

@@ -20,17 +20,18 @@ TAGS = {
 }
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ONE_THREAD = 1 << 16
-"""Bytes below which waking the other threads costs more than it saves."""
+"""Bytes read below which waking the other threads costs more than it saves."""
 
 
 def refusal(*tensors: Tensor | None, strided: bool = False) -> str | None:
     """Why no kernel may run on these tensors, or None: another device, a gradient, gaps between the elements."""
+    graded = torch.is_grad_enabled()
     for t in tensors:
         if t is None:
             continue
         if not t.is_cpu:
             return f"a tensor is on {t.device.type}"
-        if t.requires_grad and torch.is_grad_enabled():
+        if graded and t.requires_grad:
             return "a gradient is asked for"
         if not strided and not t.is_contiguous():
             return "a tensor is not contiguous"
@@ -50,7 +51,7 @@ def tag(t: Tensor | None):
 
 
 def threads(nbytes: int) -> int:
-    """How many threads should share work that moves so many bytes."""
+    """How many threads should share work that reads so many bytes."""
     return 1 if nbytes < ONE_THREAD or not kernel("parallel", "HAS_OPENMP") else torch.get_num_threads()
 
 

@@ -47,6 +47,6 @@ def _fits(x, residual, gain=None, eps=1e-6) -> Reason:
 @add_rms_norm.impl("numba", when=_fits, opaque=True)
 def _(x: Tensor, residual: Tensor, gain: Tensor | None = None, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     y, total, d = torch.empty_like(x), torch.empty_like(x), x.shape[-1]
-    places = address(x), address(residual), address(gain), address(y), address(total)
-    kernel("norms", "add_rms_norm")(*places, x.numel() // d, d, eps, threads(4 * nbytes(x)), tag(x), tag(gain))
+    places = x.data_ptr(), residual.data_ptr(), address(gain), y.data_ptr(), total.data_ptr()
+    kernel("norms", "add_rms_norm")(*places, x.numel() // d, d, eps, threads(2 * x.nbytes), tag(x), tag(gain))
     return y, total

@@ -48,6 +48,6 @@ def _fits(x, gain=None, eps=1e-6) -> Reason:
 @rms_norm.impl("numba", when=_fits, opaque=True)
 def _(x: Tensor, gain: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     y, d = torch.empty_like(x), x.shape[-1]
-    places = address(x), address(gain), address(y)
-    kernel("norms", "rms_norm")(*places, x.numel() // d, d, eps, threads(2 * nbytes(x)), tag(x), tag(gain))
+    places = x.data_ptr(), address(gain), y.data_ptr()
+    kernel("norms", "rms_norm")(*places, x.numel() // d, d, eps, threads(x.nbytes), tag(x), tag(gain))
     return y
