@@ -9,10 +9,13 @@ import numpy as np
 from numba import njit
 
 from taut.ops._numba.parallel import shared
-from taut.ops._numba.scalar import JIT, array, down, exp, overload, span, tanh, up
-from taut.ops._numba.simd import dots, dots_int4
+from taut.ops._numba.rows import dense, grouped, share_of
+from taut.ops._numba.scalar import JIT, array, down, exp, overload, tanh, up
+from taut.ops._numba.simd import LANES
 
 ACTS = ("identity", "silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh")
+BLOCK = 64
+"""Rows of a weight whose products a thread holds before it finishes them."""
 
 
 @njit(**JIT)
@@ -39,8 +42,11 @@ def activate(x, act):
 
 @njit(**JIT)
 def gather(x, gain, norm, eps, tokens, k, x_tag, gain_tag):
-    """(x gain in float32 (tokens, k), the scalar that each token's products are still to be multiplied by)."""
-    h, alpha = np.empty((tokens, k), np.float32), np.ones(tokens, np.float32)
+    """(x gain in float32, the scalar that each token's products are still to be multiplied by).
+
+    The rows are padded to a multiple of 16 with zeros.
+    """
+    h, alpha = np.empty((tokens, (k + LANES - 1) // LANES * LANES), np.float32), np.ones(tokens, np.float32)
     stored, gains = array(x, (tokens, k), x_tag), array(gain, k, gain_tag)
     for t in range(tokens):
         row, source, squares = h[t], stored[t], nb.float32(0)
@@ -53,85 +59,60 @@ def gather(x, gain, norm, eps, tokens, k, x_tag, gain_tag):
         if gain:
             for i in range(k):
                 row[i] *= up(gains[i])
+        row[k:] = 0
     return h, alpha
 
 
-def row_dots(weight, scale, row, x, tokens, k, out, w_tag, s_tag):
-    """out[t] = (dequantized row of the weight) . x[t]; behind out there is room for k / 32 more float32.
+def weigh(w, s, x, x_stride, tokens, k, first, last, out, w_tag, s_tag):
+    """out[t, row - first] = (dequantized row of the weight) . x[t], with BLOCK float32 to a row of out.
 
-    Works on addresses, since passing arrays counts references.
+    x is float32, its rows padded to a multiple of 16 with zeros. Works on addresses, since passing arrays counts
+    references.
     """
 
 
-@overload(row_dots, inline="always", jit_options=JIT)
-def _(weight, scale, row, x, tokens, k, out, w_tag, s_tag):
+@overload(weigh, inline="always", jit_options=JIT)
+def _(w, s, x, x_stride, tokens, k, first, last, out, w_tag, s_tag):
     if w_tag == nb.uint8:
-        return _row_dots_int4
-    return _row_dots_int8 if w_tag == nb.int8 else _row_dots_float
+        return _weigh_int4
+    return _weigh_int8 if w_tag == nb.int8 else _weigh_float
 
 
-def _row_dots_float(weight, scale, row, x, tokens, k, out, w_tag, s_tag):
-    each_dot(weight + row * k * array(weight, 1, w_tag).itemsize, x, tokens, k, out, w_tag)
+def _weigh_float(w, s, x, x_stride, tokens, k, first, last, out, w_tag, s_tag):
+    after = w + last * k * array(w, 1, w_tag).itemsize
+    dense(w, x, x_stride, tokens, k, first, last, out, 4 * BLOCK, after, w_tag)
 
 
-def _row_dots_int8(weight, scale, row, x, tokens, k, out, w_tag, s_tag):
-    each_dot(weight + row * k, x, tokens, k, out, w_tag)
-    factor, products = up(array(scale, row + 1, s_tag)[row]), array(out, tokens, np.float32(0))
+def _weigh_int8(w, s, x, x_stride, tokens, k, first, last, out, w_tag, s_tag):
+    dense(w, x, x_stride, tokens, k, first, last, out, 4 * BLOCK, w + last * k, w_tag)
+    scales, sums = array(s, last, s_tag), array(out, (tokens, BLOCK), np.float32(0))
     for t in range(tokens):
-        products[t] *= factor
+        for i in range(last - first):
+            sums[t, i] *= up(scales[first + i])
 
 
-def _row_dots_int4(weight, scale, row, x, tokens, k, out, w_tag, s_tag):
-    groups = k // 32
-    scales = array(scale + row * groups * array(scale, 1, s_tag).itemsize, groups, s_tag)
-    room = array(out + 4 * tokens, groups, np.float32(0))
-    for g in range(groups):
-        room[g] = up(scales[g])
-    each_dot_int4(weight + row * (k // 2), out + 4 * tokens, x, tokens, groups, out)
+def _weigh_int4(w, s, x, x_stride, tokens, k, first, last, out, w_tag, s_tag):
+    grouped(w, s, x, x_stride, tokens, k, first, last, out, 4 * BLOCK, w + last * (k // 2), s_tag)
 
 
 @njit(**JIT)
-def each_dot(row, x, tokens, k, out, w_tag):
-    stride, t = 4 * k, 0
-    while t + 4 <= tokens:
-        dots(w_tag, 4, row, x + t * stride, stride, k, out + 4 * t)
-        t += 4
-    if tokens - t == 3:
-        dots(w_tag, 3, row, x + t * stride, stride, k, out + 4 * t)
-    elif tokens - t == 2:
-        dots(w_tag, 2, row, x + t * stride, stride, k, out + 4 * t)
-    elif tokens - t == 1:
-        dots(w_tag, 1, row, x + t * stride, stride, k, out + 4 * t)
-
-
-@njit(**JIT)
-def each_dot_int4(row, scales, x, tokens, groups, out):
-    stride, t = 128 * groups, 0
-    while t + 4 <= tokens:
-        dots_int4(4, row, scales, x + t * stride, stride, groups, out + 4 * t)
-        t += 4
-    while t < tokens:
-        dots_int4(1, row, scales, x + t * stride, stride, groups, out + 4 * t)
-        t += 1
-
-
-@njit(**JIT)
-def linear_part(part, parts, h, alpha, w, s, bias, residual, y, n, w_tag, s_tag, b_tag, y_tag):
+def linear_part(part, parts, h, k, alpha, w, s, bias, residual, y, n, w_tag, s_tag, b_tag, y_tag):
     """The part-th share of the rows of y = alpha (w h) + bias + residual."""
-    tokens, k = h.shape
-    products = np.empty(tokens + k // 32, np.float32)
-    x, out = h.ctypes.data, products.ctypes.data
+    tokens, stride = len(alpha), 4 * h.shape[1]
+    sums = np.empty((tokens, BLOCK), np.float32)
     written, added, biases = array(y, (tokens, n), y_tag), array(residual, (tokens, n), y_tag), array(bias, n, b_tag)
-    first, last = span(n, part, parts)
-    for row in range(first, last):
-        row_dots(w, s, row, x, tokens, k, out, w_tag, s_tag)
+    first, last = share_of(n, part, parts)
+    for start in range(first, last, BLOCK):
+        stop = min(start + BLOCK, last)
+        weigh(w, s, h.ctypes.data, stride, tokens, k, start, stop, sums.ctypes.data, w_tag, s_tag)
         for t in range(tokens):
-            value = products[t] * alpha[t]
-            if bias:
-                value += up(biases[row])
-            if residual:
-                value += up(added[t, row])
-            written[t, row] = down(value, y_tag)
+            for row in range(start, stop):
+                value = sums[t, row - start] * alpha[t]
+                if bias:
+                    value += up(biases[row])
+                if residual:
+                    value += up(added[t, row])
+                written[t, row] = down(value, y_tag)
 
 
 share_linear = shared(linear_part)
@@ -143,7 +124,7 @@ def linear(
 ):
     """y = norm?(x) w^T + bias + residual, and the sums of squares of y's rows where `squares` is an address."""
     h, alpha = gather(x, gain, norm, eps, tokens, k, x_tag, g_tag)
-    share_linear(parts, (h, alpha, w, s, bias, residual, y, n, w_tag, s_tag, b_tag, x_tag))
+    share_linear(parts, (h, k, alpha, w, s, bias, residual, y, n, w_tag, s_tag, b_tag, x_tag))
     if squares:
         written, sums = array(y, (tokens, n), x_tag), array(squares, tokens, np.float32(0))
         for t in range(tokens):
@@ -154,19 +135,20 @@ def linear(
 
 
 @njit(**JIT)
-def glu_part(part, parts, h, alpha, gate, gate_s, up_, up_s, y, n, act, w_tag, s_tag, y_tag):
+def glu_part(part, parts, h, k, alpha, gate, gate_s, up_, up_s, y, n, act, w_tag, s_tag, y_tag):
     """The part-th share of the rows of y = act(alpha (gate h)) * alpha (up h)."""
-    tokens, k = h.shape
-    products = np.empty(2 * tokens + k // 32, np.float32)
-    x, g, u = h.ctypes.data, products.ctypes.data, products.ctypes.data + 4 * tokens
+    tokens, x, stride = len(alpha), h.ctypes.data, 4 * h.shape[1]
+    gates, ups = np.empty((tokens, BLOCK), np.float32), np.empty((tokens, BLOCK), np.float32)
     written = array(y, (tokens, n), y_tag)
-    first, last = span(n, part, parts)
-    for row in range(first, last):
-        row_dots(gate, gate_s, row, x, tokens, k, g, w_tag, s_tag)
-        row_dots(up_, up_s, row, x, tokens, k, u, w_tag, s_tag)
+    first, last = share_of(n, part, parts)
+    for start in range(first, last, BLOCK):
+        stop = min(start + BLOCK, last)
+        weigh(gate, gate_s, x, stride, tokens, k, start, stop, gates.ctypes.data, w_tag, s_tag)
+        weigh(up_, up_s, x, stride, tokens, k, start, stop, ups.ctypes.data, w_tag, s_tag)
         for t in range(tokens):
-            value = activate(products[t] * alpha[t], act) * (products[tokens + t] * alpha[t])
-            written[t, row] = down(value, y_tag)
+            for row in range(start, stop):
+                at = row - start
+                written[t, row] = down(activate(gates[t, at] * alpha[t], act) * (ups[t, at] * alpha[t]), y_tag)
 
 
 share_glu = shared(glu_part)
@@ -176,4 +158,4 @@ share_glu = shared(glu_part)
 def norm_glu(x, gate, gate_s, up_, up_s, gain, y, tokens, k, n, eps, act, parts, x_tag, w_tag, s_tag, g_tag):
     """y = act(h gate^T) * (h up^T) with h = rms_norm(x, gain, eps)."""
     h, alpha = gather(x, gain, True, eps, tokens, k, x_tag, g_tag)
-    share_glu(parts, (h, alpha, gate, gate_s, up_, up_s, y, n, act, w_tag, s_tag, x_tag))
+    share_glu(parts, (h, k, alpha, gate, gate_s, up_, up_s, y, n, act, w_tag, s_tag, x_tag))

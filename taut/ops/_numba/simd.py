@@ -113,37 +113,6 @@ def dots(_typing, tag, count, row, x, stride, k, out):
     return types.void(tag, count, *[types.int64] * 5), generate
 
 
-@intrinsic(prefer_literal=True)
-def dots_int4(_typing, count, row, scales, x, stride, groups, out):
-    """`dots` with a row of int4 codes in groups of 32 (16 bytes a group, biased by 8) and a float32 scale a group."""
-    many = count.literal_value
-
-    def generate(_context, builder, _signature, args):
-        _, row, scales, x, stride, groups, out = args
-        bytes_, words = ir.VectorType(ir.IntType(8), 16), ir.VectorType(INT32, 16)
-        sums = [zeros(builder, VECTOR, 1)[0] for _ in range(many)]
-        with upto(builder, ir.Constant(WORD, 0), groups) as loop:
-            place = builder.inttoptr(at(builder, row, (loop.index, 16)), bytes_.as_pointer())
-            codes = builder.zext(builder.load(place, align=1), words)
-            low = builder.and_(codes, splat(words, 15))
-            high = builder.lshr(codes, splat(words, 4))
-            # Or-ing a code below 2^23 into the bits of 2^23 makes 2^23 + code without a conversion.
-            halves = [builder.bitcast(builder.or_(n, splat(words, 0x4B000000)), VECTOR) for n in (low, high)]
-            halves = [builder.fsub(n, splat(VECTOR, 2.0**23 + 8), flags=FUSE) for n in halves]
-            scale = broadcast(builder, load(builder, at(builder, scales, (loop.index, 4)), types.float32, 1))
-            for t in range(many):
-                start = at(builder, x, (t, stride), (loop.index, 4 * GROUP))
-                a = load(builder, start, types.float32, LANES)
-                b = load(builder, at(builder, start, (1, 4 * LANES)), types.float32, LANES)
-                value = builder.fmul(halves[0], a, flags=FUSE)
-                value = builder.fadd(value, builder.fmul(halves[1], b, flags=FUSE), flags=FUSE)
-                multiply_add(builder, sums[t], value, scale)
-        for t in range(many):
-            store(builder, total_of(builder, [sums[t]]), at(builder, out, (t, 4)))
-
-    return types.void(count, *[types.int64] * 6), generate
-
-
 def pairwise(builder: Any, a: Any, b: Any, low: list[int], high: list[int]) -> Any:
     """The lanes that `low` picks from a and b together, plus those that `high` picks."""
     picked = [ir.Constant(ir.VectorType(INT32, LANES), [ir.Constant(INT32, n) for n in lanes]) for lanes in (low, high)]
