@@ -1,9 +1,10 @@
-"""What docs/normalization.md shows: the table of all norms, the table and the picture of the recorded runs.
+"""What docs/normalization.md shows: all norms, which ones fold in which models, the recorded runs and their picture.
 
-    python benchmarks/norms_table.py                # writes both tables into the page, and docs/norms.png
+    python benchmarks/norms_table.py                # writes the tables into the page, and docs/norms.png
 
 The first table is read from the modules of `taut/nn/norm` and measured on them: parameters, reductions in the reference
-code, what an input scaled or shifted does to the output. The second is computed from the record of norms.py.
+code, what an input scaled or shifted does to the output. The second is that of
+foldable_table.py. The others are computed from the record of norms.py.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from foldable_table import foldable_table
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -161,7 +163,8 @@ def filled(page: str, name: str, table: str) -> str:
 
 def written(page: str, record: dict[str, Any]) -> str:
     """The page with all its tables as the code and the record have them."""
-    tables = {"norms": norms_table(), "runs": training_table(record), "trials": trials_table(record)}
+    tables = {"norms": norms_table(), "foldable": foldable_table()}
+    tables |= {"runs": training_table(record), "trials": trials_table(record)}
     for name, table in tables.items():
         page = filled(page, name, table)
     return page
