@@ -119,7 +119,7 @@ class Judge:
             if name == "logits" and self.well_posed():
                 assert torch.equal(one.argmax(-1), true.argmax(-1))
             elif name != "logits":
-                assert error([one], [true]) <= SAME
+                assert error([one], [true]) <= SAME or not self.well_posed()
         if getattr(getattr(self.model, "spec", None), "eps", 1.0) < 1e-20:
             self.check(rewrites()["cancel_norm_plain"].apply(self.lifted), "cancel_norm_plain")
 
