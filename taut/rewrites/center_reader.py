@@ -6,6 +6,9 @@ The mean is subtracted once, from the weights, along their inputs; the scalar is
 writes x need not be changed, so this also serves tied embeddings and norms behind a block. The mean is still taken, for
 the variance, but no product waits for it.
 
+Cost: max(reduction, product) + 1 cycles in place of reduction + scaling + product, on an engine for products beside one
+for all the rest (`taut/two_engines.py`): nothing of the reduction shows where the product takes as long.
+
 Source: Salmani and Soloveychik, LLM inference acceleration via efficient operation fusion, 2025, arXiv:2502.17728,
 section on LayerNorm.
 Differs: the layer's bias is added behind the scalar; how far the scalar gets is decided by data flow. x is multiplied

@@ -3,7 +3,8 @@
     softmax(s) V  =  (exp(s - max s) V) / sum(exp(s - max s))
 
 Cost: the division meets one number for each value feature of a head in place of one for each key, so it pays where a
-head has fewer value features than keys, and the product need not wait for the sum. What finds the largest score stays.
+head has fewer value features than keys, and the product need not wait for the sum (`taut/two_engines.py` counts it in
+cycles). What finds the largest score stays.
 
 Source: Salmani and Soloveychik, LLM inference acceleration via efficient operation fusion, 2025, arXiv:2502.17728,
 section on softmax.
