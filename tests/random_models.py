@@ -502,7 +502,7 @@ def _tied_weight(m: Pass, key: str, x: Tensor, how: int, stream: Tensor) -> Tens
         return F.linear(x, weight) + weight[0]
     if how == 3:
         return F.linear(x, weight) + weight[:, 0] * x
-    if how == 4 and n == stream.shape[-1]:
+    if how == 4 and x.shape == stream.shape:
         return F.linear(x, weight) + F.linear(stream, weight)
     return F.linear(x, weight.t(), weight[:, 0])
 
