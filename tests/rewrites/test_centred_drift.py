@@ -16,6 +16,7 @@ from taut.tracing import trace
 
 LAYERS, WIDTH = 48, 256
 INPUTS = {"input_ids": torch.arange(3, 35).reshape(2, 16)}
+IDS = torch.randint(99, (160, 64), generator=torch.Generator().manual_seed(0))
 DTYPES = (torch.bfloat16, torch.float32)
 
 
@@ -79,3 +80,20 @@ def test_the_rewritten_model_errs_no_more_than_twice_as_much(models):
     truth = raw.run(INPUTS, float64=True)["logits"]
     error = lambda graph: (graph.run(INPUTS)["logits"].double() - truth).norm() / truth.norm()  # noqa: E731
     assert error(centred) <= 2 * error(raw) + torch.finfo(truth.dtype).eps
+
+
+def test_ten_thousand_tokens_keep_their_argmax():
+    """In float32, but for those whose two best logits differ by less than plain float32 errs."""
+    import transformers
+
+    config = transformers.GPT2Config(
+        n_embd=64, n_head=4, n_layer=4, vocab_size=99, n_positions=64, tie_word_embeddings=False
+    )
+    raw = trace(redraw(transformers.GPT2LMHeadModel(config).eval()), {"input_ids": IDS}, outputs="logits")
+    centred = center_norm_input.apply(lift(raw))
+    inputs = {"input_ids": IDS}
+    one, two, truth = (g.run(inputs, float64=w)["logits"] for g, w in ((raw, False), (centred, False), (raw, True)))
+    best = truth.topk(2).values
+    clear = best[..., 0] - best[..., 1] > 2 * (one.double() - truth).abs().amax(-1)
+    assert clear.sum() >= 10_000
+    assert torch.equal(two.argmax(-1)[clear], truth.argmax(-1)[clear])
