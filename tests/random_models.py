@@ -385,8 +385,9 @@ def _batch_normed(m: Pass, key: str, b: Block, y: Tensor) -> Tensor:
     """A convolution between two batch norms, as in a Conformer."""
     size = y.shape[-1]
     before, after = (m.part(f"{key}_{where}", size, lambda: nn.BatchNorm1d(size)) for where in ("before", "after"))
-    layer = m.part(key, size, lambda: nn.Conv1d(size, size, 1 + b.biases % 3, bias=bool(b.biases & 1)))
-    pad = F.pad(before(y.mT), (0, b.biases % 3))
+    tokens = 1 + b.biases % 3
+    layer = m.part(f"{key}_{tokens}", size, lambda: nn.Conv1d(size, size, tokens, bias=bool(b.biases & 1)))
+    pad = F.pad(before(y.mT), (0, tokens - 1))
     return m.linear(f"{key}_o", F.silu(after(layer(pad))).mT, size, bool(b.biases & 4))
 
 
@@ -465,7 +466,7 @@ def _windows(m: Pass, key: str, x: Tensor, how: int, groups: int) -> Tensor:
         return x
     make = lambda: nn.Conv1d(x.shape[-1], x.shape[-1], 1 + how % 3, padding=how // 3 % 2, groups=groups, bias=how > 3)  # noqa: E731
     padded = x if x.shape[1] >= 3 else x.repeat(1, 3, 1)
-    return m.part(key, x.shape[-1], make)(padded.mT).mT
+    return m.part(f"{key}_{how}", x.shape[-1], make)(padded.mT).mT
 
 
 def _scaled_weight(m: Pass, key: str, x: Tensor, how: int, _: Tensor) -> Tensor:
