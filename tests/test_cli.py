@@ -76,7 +76,8 @@ def test_inspect(model):
     assert as_json("inspect", model, "--dtype", "bfloat16")["idle_bytes"] == 4 * 48 * 2
 
 
-def test_inspect_for_people(model):
+def test_inspect_for_people(model, monkeypatch):
+    monkeypatch.setattr("taut.machine.measured", lambda: None)
     printed = run("inspect", model, "--graph", "--facts").stdout
     assert "4 of 5 norms can be folded" in printed
     assert "model.layers.{0..1}.input_layernorm" in printed
