@@ -139,14 +139,14 @@ def _back(node: Any) -> Any:
 
 def _behind_attention(graph: Graph, out: Any) -> Scale | None:
     mixed: Any = _back(out.args[0])
-    if not is_call(mixed, attention):
+    if not is_call(mixed, attention) or shape(mixed)[1] * shape(mixed)[3] != shape(out.args[0])[-1]:
         return None
     v: Any = mixed.args[2]
     value, rows = _values(v)
     norm = _back(value.args[0]) if rows is not None else None
     weights = _weights(graph, value, out) if is_call(norm, *NORMS) else None
     gain = None if weights is None else _gain(graph, norm)
-    if weights is None or isinstance(gain, str):
+    if weights is None or isinstance(gain, str) or shape(norm)[-1] != shape(out)[-1]:
         return None
     weights = (with_(weights[0], rows=rows), *weights[1:])
     return Scale("attention", weights, gain, (shape(mixed)[1], shape(v)[1]))
@@ -182,6 +182,8 @@ def _behind_mlp(graph: Graph, out: Any) -> Scale | None:
         layers, kind = (first, out), "plain"
     if not all(is_call(layer, linear) for layer in layers):
         return None
+    if {shape(node)[-1] for node in (*layers[:-1], out.args[0])} != {shape(inner)[-1]}:
+        return None  # a part of it is taken on the way
     norms = {_back(layer.args[0]) for layer in layers[:-1]}
     norm = norms.pop()
     weights = _weights(graph, *layers) if not norms and is_call(norm, *NORMS) else None

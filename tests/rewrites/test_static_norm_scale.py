@@ -130,3 +130,16 @@ def test_refuses_in_words():
         assert reason in site.refused
     with pytest.raises(ValueError, match="at least one example"):
         calibrate(hand_made(bodies[0][0], **layers)[1], [])
+
+
+def test_half_a_layer_is_none_to_go_by():
+    """A gate and what it gates are halves of one layer, so that no layer is read whole."""
+
+    def body(m, x):
+        both = m.both(m.norm(x))
+        return m.last(x + m.down(F.silu(both[..., :3]) * both[..., 3:]))
+
+    both, down = nn.Linear(W, 6, bias=False), nn.Linear(3, W, bias=False)
+    _, graph, _ = hand_made(body, norm=nn.RMSNorm(W), last=nn.RMSNorm(W), both=both, down=down)
+    assert len(sites := static_norm_scale.find(graph)) == 2
+    assert all(site.refused for site in sites)
