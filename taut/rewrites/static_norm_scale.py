@@ -143,7 +143,9 @@ def _behind_attention(graph: Graph, out: Any) -> Scale | None:
         return None
     v: Any = mixed.args[2]
     value, rows = _values(v)
-    norm = _back(value.args[0]) if rows is not None else None
+    if rows is None:
+        return None
+    norm: Any = _back(value.args[0])
     weights = _weights(graph, value, out) if is_call(norm, *NORMS) else None
     gain = None if weights is None else _gain(graph, norm)
     if weights is None or isinstance(gain, str) or shape(norm)[-1] != shape(out)[-1]:
