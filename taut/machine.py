@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 
 from taut.op import Work
+from taut.user_cache import user_cache
 
 DATA_SHEET, MEASURED = "data sheet", "measured"
 Progress = Callable[[str], None]
@@ -251,9 +252,8 @@ def _memory_bytes() -> tuple[int, int]:
 
 def cache_file() -> Path:
     """Where the measured figures of this CPU, this number of threads and this torch lie."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     what = f"{cpu_name()} {os.cpu_count()} {torch.get_num_threads()} {torch.__version__}"
-    return root / "taut" / "machines" / f"{sha256(what.encode()).hexdigest()[:16]}.json"
+    return user_cache("machines") / f"{sha256(what.encode()).hexdigest()[:16]}.json"
 
 
 def _from_json(text: str) -> Machine:

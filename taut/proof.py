@@ -115,12 +115,8 @@ def prove(
     changed = list(after.changed())
     stored = written if written is not None else {name: after.evaluate(name, None) for name in changed}
     wrong = [] if written is None else [n for n in changed if not same_bits(stored[n], after.evaluate(n, None))]
-    compared = Comparison()
     more, spare = itertools.tee(spare)
-    for i, example in enumerate(itertools.chain(inputs, more)):
-        if i >= len(inputs) and all(count >= ENOUGH for count in compared.values.values()):
-            break
-        _compare(before, after, example, stored, promises, compared)
+    compared = _compared(before, after, inputs, more, stored, promises)
     unproved = _unmoved(after, itertools.chain(inputs, spare)) if movement else []
     float64_error = max(compared.float64.values(), default=0.0)
     ratios = {k: math.sqrt(compared.after[k] / compared.before[k]) for k in compared.after}
@@ -144,6 +140,16 @@ def prove(
         choices_flipped=compared.flips,
         bounds=dict(bounds or {}),
     )
+
+
+def _compared(before: Graph, after: Graph, inputs: Sequence[Inputs], spare, stored, promises) -> Comparison:
+    """All inputs, and as many spare ones as it takes until every output has values enough."""
+    compared = Comparison()
+    for i, example in enumerate(itertools.chain(inputs, spare)):
+        if i >= len(inputs) and all(count >= ENOUGH for count in compared.values.values()):
+            break
+        _compare(before, after, example, stored, promises, compared)
+    return compared
 
 
 def _compare(before: Graph, after: Graph, example: Inputs, stored, promises, compared: Comparison) -> None:

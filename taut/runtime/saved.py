@@ -22,6 +22,7 @@ from torch import Tensor, fx
 
 from taut.graph import Graph
 from taut.op import Op
+from taut.user_cache import user_cache
 from taut.values import Original, Stacked, Value, originals
 
 SCHEMA = 1
@@ -42,7 +43,7 @@ class Stored:
 
 def folder() -> Path:
     """Where prepared graphs are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "taut" / "steps"
+    return user_cache("steps")
 
 
 def key(*parts: Any) -> str:

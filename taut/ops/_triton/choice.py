@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 
 from taut.ops._triton.launch import Config
+from taut.user_cache import user_cache
 
 BUCKETS = (1, 16, 64)
 """Token counts that are measured; a product of fewer tokens takes the next one's row."""
@@ -51,8 +51,7 @@ def table(device: str) -> list[dict]:
 
 def made_here(device: str) -> Path:
     """Where this machine's own table lies."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "taut" / "kernels" / file_name(device)
+    return user_cache("kernels") / file_name(device)
 
 
 def file_name(device: str) -> str:
