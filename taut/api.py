@@ -109,12 +109,13 @@ def write_page(found: Inspection, path: Path, form: str = "taut") -> None:
 
     Raises BadInput where the file cannot be written.
     """
-    from taut.report import inspection_page, write
+    from taut.report import inspection_page
+    from taut.whole_file import write_text
 
     if found.graph is None:
         raise ValueError("there is no graph to report on")
     made, after = plan_and_apply(found.graph, form)
-    write(inspection_page(found, made, costs(after, found.step, found.dtype)), path)
+    write_text(path, inspection_page(found, made, costs(after, found.step, found.dtype)))
 
 
 def _inspection(

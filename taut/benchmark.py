@@ -27,6 +27,7 @@ from taut.cost import Cost, Workload, cost
 from taut.machine import Figure, Machine
 from taut.op import Work
 from taut.parity import BOUNDS, Parity, Runner, bounded, forced, greedy, in_float64, same_function
+from taut.whole_file import write_text
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 STORED = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5 + 2 / 32}
@@ -96,10 +97,7 @@ class Bench:
 
     def save(self, path: Path) -> None:
         """Raises BadInput where the file cannot be written."""
-        try:
-            path.write_text(json.dumps(self.as_dict(), indent=1) + "\n")
-        except OSError as error:
-            raise BadInput(f"cannot write {path}: {error.strerror}", "name a file in a folder that exists") from error
+        write_text(path, json.dumps(self.as_dict(), indent=1) + "\n")
 
 
 class Eager:

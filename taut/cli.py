@@ -262,7 +262,8 @@ def bench(
     """Time transformers and taut in one run, after showing that they are the same model; exit 1 if they are not."""
     with _command(as_json, threads):
         from taut import benchmark, show_cost
-        from taut.report import bench_page, write
+        from taut.report import bench_page
+        from taut.whole_file import write_text
 
         with _progress() as progress:
             found = benchmark.bench(
@@ -279,7 +280,7 @@ def bench(
         if out is not None:
             found.save(out)
         if html is not None:
-            write(bench_page(found), html)
+            write_text(html, bench_page(found))
         _print(as_json, found.as_dict(), lambda: show_cost.bench(found))
         if not found.passed:
             raise typer.Exit(1)

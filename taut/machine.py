@@ -22,6 +22,7 @@ import torch
 
 from taut.op import Work
 from taut.user_cache import user_cache
+from taut.whole_file import write_text
 
 DATA_SHEET, MEASURED = "data sheet", "measured"
 Progress = Callable[[str], None]
@@ -124,7 +125,7 @@ def measure(progress: Progress | None = None) -> Machine:
     capacities = {"memory": Figure(_memory_bytes()[0], MEASURED), "cache": Figure(last_level_cache(), MEASURED)}
     machine = Machine(cpu_name(), "cpu", peaks, {"memory": bandwidth}, capacities, _call_cost())
     cache_file().parent.mkdir(parents=True, exist_ok=True)
-    cache_file().write_text(json.dumps(asdict(machine), indent=1))
+    write_text(cache_file(), json.dumps(asdict(machine), indent=1))
     return machine
 
 
@@ -222,7 +223,7 @@ def _peaks(progress: Progress, side: int = 2048, seconds: float = 1.0) -> Iterat
         name = str(dtype).removeprefix("torch.")
         progress(f"product rate in {name}")
         product = getattr(torch, "_int_mm") if dtype == torch.int8 else torch.mm  # noqa: B009
-        rate, used = _product_rate(product, dtype, SMALL, 0.0), SMALL
+        rate, used = _product_rate(product, dtype, SMALL, seconds / 10), SMALL  # one call alone may wait for a thread
         if 2 * side**3 / rate < 2 * seconds:  # where a dtype is emulated, one large product takes minutes
             rate, used = _product_rate(product, dtype, side, seconds), side
         yield name, Figure(rate, MEASURED, f"{product.__name__}, {used} x {used} x {used}")

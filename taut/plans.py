@@ -11,6 +11,7 @@ from typing import Any
 from taut import __version__
 from taut.graph import Graph
 from taut.rewrite import STEP, STOCK, TAUT, Form, Rewrite, Site, rewrites
+from taut.whole_file import write_text
 
 SCHEMA = 1
 OUTPUTS = {"all": "all", "logits": "logits"}
@@ -84,11 +85,8 @@ class Plan:
         return {key: value for key, value in asdict(self).items() if key not in unsaid}
 
     def save(self, path: Path) -> None:
-        """Raises BadPlan where the file cannot be written."""
-        try:
-            path.write_text(json.dumps(self.as_dict(), indent=2, sort_keys=True) + "\n")
-        except OSError as error:
-            raise BadPlan(f"cannot write the plan to {path}: {error.strerror}") from error
+        """Raises BadInput where the file cannot be written."""
+        write_text(path, json.dumps(self.as_dict(), indent=2, sort_keys=True) + "\n")
 
     @staticmethod
     def from_dict(record: Any) -> Plan:

@@ -19,9 +19,10 @@ from taut.api import write_page
 from taut.checkpoint import BadInput
 from taut.cli import app
 from taut.machine import Figure, Machine
-from taut.report import bench_page, write
+from taut.report import bench_page
 from taut.report.page import DARK, LIGHT, READABLE
 from taut.report.roofline import Point, roofline
+from taut.whole_file import write_text
 
 MODEL = Path(__file__).parent.parent / "taut/demo/model"
 BROWSERS = ("chromium", "chromium-browser", "chromium-headless-shell", "google-chrome", "chrome")
@@ -45,7 +46,7 @@ def benched(tmp_path_factory) -> Path:
         load = lambda m: benchmark._load(m, None, None, False, 14)[0]  # noqa: E731
         found = benchmark.bench(MODEL, compile=lambda m, **_: Standin(load(m)), **SMALL)
     path = tmp_path_factory.mktemp("pages") / "bench.html"
-    write(bench_page(found), path)
+    write_text(path, bench_page(found))
     return path
 
 
@@ -138,7 +139,7 @@ def test_names_are_escaped(tmp_path):
 
 def test_a_page_that_cannot_be_written_is_bad_input(tmp_path):
     with pytest.raises(BadInput, match="No such file"):
-        write("", tmp_path / "nowhere" / "page.html")
+        write_text(tmp_path / "nowhere" / "page.html", "")
 
 
 def test_points_lie_under_the_roof_and_inside_the_drawing():

@@ -25,6 +25,7 @@ from torch.nn.functional import pad
 
 from taut.machine import Progress, cache_file
 from taut.ops._matvec import MOST_TOKENS, matvec
+from taut.whole_file import write_text
 
 TILE = 8
 ROWS = (1, 2, 3, 4, 6, 9, 12, 15, 20, 28)
@@ -103,7 +104,7 @@ def measure(
             times = _times(torch.randn(n, k).to(dtype), seconds)
             found.append(Entry(_name(dtype), n, k, *thresholds(times), times))
     _file().parent.mkdir(parents=True, exist_ok=True)
-    _file().write_text(json.dumps([asdict(entry) for entry in found], indent=1))
+    write_text(_file(), json.dumps([asdict(entry) for entry in found], indent=1))
     table.cache_clear()
     return tuple(found)
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import importlib
 import json
 import operator
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
@@ -24,6 +22,7 @@ from taut.graph import Graph
 from taut.op import Op
 from taut.user_cache import user_cache
 from taut.values import Original, Stacked, Value, originals
+from taut.whole_file import whole_file
 
 SCHEMA = 1
 NAMESPACES = ("aten", "prims")
@@ -70,13 +69,8 @@ def save(stored: Stored, path: Path) -> None:
     }
     tensors = {name: graph.tensors[name].clone().contiguous() for name in graph.placeholders("buffer")}
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, {"graph": json.dumps(record)})
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with whole_file(path) as part:
+        save_file(tensors, part, {"graph": json.dumps(record)})
 
 
 def load(path: Path) -> Stored | None:
