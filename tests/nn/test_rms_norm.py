@@ -52,8 +52,20 @@ def test_partial_measures_the_first_features_and_divides_all():
     x = torch.randn(8, 64, dtype=torch.float64)
     norm = RMSNorm(64, 0.0, gain="none", partial=0.0625)
     assert torch.equal(norm(x), x * torch.rsqrt(x[:, :4].pow(2).mean(-1, keepdim=True)))
-    torch.testing.assert_close(norm(8.0 * x), norm(x), rtol=1e-15, atol=0)
-    assert not torch.allclose(norm(x + 1), norm(x))
+
+
+@pytest.mark.parametrize("partial", [1.0, 0.0625])
+def test_scaling_inputs_or_weights_changes_nothing_and_shifting_them_does(partial: float):
+    """Table 1 of the paper, for norm(x W): powers of two change no bit, other factors no more than rounding."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(8, 32).double(), torch.randn(32, 64).double()
+    norm = RMSNorm(64, 0.0, gain="none", partial=partial)
+    y = norm(x @ weight)
+    assert torch.equal(norm((8.0 * x) @ weight), y)
+    assert torch.equal(norm(x @ (0.25 * weight)), y)
+    torch.testing.assert_close(norm(x @ (3.7 * weight)), y, rtol=1e-13, atol=1e-13)
+    for moved in (x @ (weight + 1), (x + 1) @ weight):
+        assert (norm(moved) - y).norm() > 0.1 * y.norm()
 
 
 def test_partial_of_everything_is_the_whole():

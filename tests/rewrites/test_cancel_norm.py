@@ -132,6 +132,23 @@ def test_plain_error_is_the_error_of_the_plain_form():
         assert abs(predicted["second"] - measured) < 1e-9
 
 
+@pytest.mark.parametrize("mean_square", [1e-8, 1e-4, 1.0, 1e4, 1e8])
+def test_inputs_of_any_size(mean_square: float):
+    """With epsilon carried along nothing is lost at any size; the plain form loses what is predicted, and where the
+    inputs are small that is a half."""
+    layers = {"first": nn.RMSNorm(W, eps=1e-6), "second": nn.RMSNorm(W, eps=1e-5), "a": plain(W, W)}
+    _, graph, inputs = hand_made(lambda m, x: m.second(m.a(m.first(x))), **layers)
+    x = inputs["x"].double()
+    inputs = {"x": x * (mean_square / x.square().mean(-1, keepdim=True)).sqrt()}
+    true = graph.run(inputs, float64=True)["output"]
+    exact, bare = (rewrite.apply(graph, ["first"]) for rewrite in (cancel_norm, cancel_norm_plain))
+    assert (exact.run(inputs, float64=True)["output"] - true).norm() <= 1e-12 * true.norm()
+    measured = (1 - true / bare.run(inputs, float64=True)["output"]).abs().max().item()
+    predicted = plain_error(graph, "first", [inputs])["second"]
+    assert predicted / 2 <= measured + 1e-12 <= 2 * predicted + 2e-12
+    assert (measured > 0.5) == (mean_square < 1e-6)
+
+
 REFUSED = {
     "a bias in between": (lambda m, y: m.second(m.biased(y)), "adds a bias"),
     "a residual": (lambda m, y: m.second(m.a(y)) + y, "does not scale"),

@@ -8,10 +8,12 @@ from scales import hand_made, traced
 from torch import nn
 
 from taut.facts.degree import NORMS
+from taut.lift import lift
 from taut.proof import prove
 from taut.rewrite import STOCK
 from taut.rewrites.fold_norm import fold_norm
 from taut.rewrites.static_norm_scale import calibrate, power_of_two, static_norm_scale
+from taut.tracing import trace
 
 W = scales.WIDTH
 # By hand, two layers each: norms in all, and those behind attention or a feed-forward layer.
@@ -60,6 +62,47 @@ def test_the_formulas():
     fused = read("attn.c_attn").mT[96:]  # queries, keys and values in one product
     kappa = ((read("attn.c_proj").mT @ fused + torch.eye(48)) * read("ln_1")).norm().item()
     assert found["transformer.h.0.ln_2"] == pytest.approx(kappa, rel=1e-12)
+
+
+def added(model: nn.Module, inputs) -> list[float]:
+    """The greatest length, over tokens, of what each attention and each feed-forward adds to the stream."""
+    found = []
+
+    def watch(module, given, output):
+        output = output[0] if isinstance(output, tuple) else output
+        found.append(output.norm(dim=-1).max().item())
+
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in ("attn", "self_attn", "mlp"):
+            module.register_forward_hook(watch)
+    with torch.no_grad():
+        model(**inputs)
+    return found
+
+
+def test_how_far_the_scales_are_from_what_a_block_adds():
+    """Untrained models. A GLU's is one to ten times too long; a plain layer's, of spectral norms, up to sqrt(d) too
+    short, as a normalised token has length sqrt(d); attention's is at least sqrt(d) by its unit matrix alone."""
+    import transformers
+
+    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4}
+    plain = {"n_embd": 256, "n_head": 4, "n_layer": 4, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 0}
+    torch.manual_seed(0)
+    models = (
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=99)),
+        transformers.GPT2LMHeadModel(transformers.GPT2Config(**plain, vocab_size=99)),
+    )
+    inputs, ratios = {"input_ids": torch.arange(3, 67).view(2, 32)}, {}
+    for model in models:
+        graph = lift(trace(model.eval(), inputs))
+        scales_found = [site.detail[1] for site in static_norm_scale.find(graph) if not site.refused]
+        for scale, true in zip(scales_found, added(model, inputs), strict=True):
+            length = scale.length(lambda name, rows, graph=graph: graph.tensors[name])
+            ratios.setdefault(scale.kind, []).append(length / true)
+    assert {kind: len(found) for kind, found in ratios.items()} == {"attention": 8, "glu": 4, "plain": 4}
+    assert all(1 <= ratio <= 10 for ratio in ratios["glu"])
+    assert all(1 / 16 <= ratio < 1 for ratio in ratios["plain"])
+    assert all(ratio > 1 for ratio in ratios["attention"])
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
