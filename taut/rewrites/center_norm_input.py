@@ -20,6 +20,7 @@ from torch import Tensor, fx
 
 from taut.facts.mean import Means, Stream, constant_gain
 from taut.graph import Graph, shape
+from taut.lift._match import through_casts
 from taut.ops.layer_norm import layer_norm
 from taut.ops.rms_norm import rms_norm
 from taut.rewrite import TAUT, Exactness, Form, Rewrite, Site
@@ -79,7 +80,8 @@ def change(graph: Graph, chosen: list[Site]) -> None:
 def _without_mean(graph: Graph, norm: fx.Node) -> list[str]:
     """Put an RMSNorm in a LayerNorm's place; a folded gain and bias fall away. Returns the norm's own parameters."""
     x, gain, bias, eps = norm.args
-    own = [part.meta["tensor"] for part in (gain, bias) if isinstance(part, fx.Node) and part.op == "placeholder"]
+    parts = (through_casts(part) for part in (gain, bias) if isinstance(part, fx.Node))
+    own = [part.meta["tensor"] for part in parts if part.op == "placeholder"]
     gain = None if gain is not None and constant_gain(graph, gain) == 1.0 else gain
     bias = None if bias is not None and constant_gain(graph, bias) == 0.0 else bias
     new = graph.insert(rms_norm, (x, gain, eps), norm)

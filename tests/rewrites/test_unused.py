@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -25,10 +26,27 @@ class SharedGain(nn.Module):
         return self.head(self.norm(self.second(self.norm(self.first(x)))))
 
 
-def test_a_gain_that_two_norms_share_is_dropped_once():
+class CastGain(nn.Module):
+    """A LayerNorm by hand whose gain is cast, behind a layer that can be centred."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+        self.gain = nn.Parameter(1.0 + 0.3 * torch.randn(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x).to(torch.float32)
+        centred = x - x.mean(-1, keepdim=True)
+        normed = centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + 1e-5)
+        return self.head(self.gain.to(torch.float32) * normed)
+
+
+@pytest.mark.parametrize(("make", "gain"), [(SharedGain, "norm.weight"), (CastGain, "gain")])
+def test_a_folded_gain_is_dropped_once(make, gain):
     inputs = {"x": torch.randn(3, 8)}
-    raw = trace(SharedGain().eval(), inputs)
+    raw = trace(make().eval(), inputs)
     plan, after = plan_and_apply(lift(raw), "taut")
     assert {"fold_norm", "center_norm_input"} <= {step.rewrite for step in plan.steps}
-    assert "norm.weight" not in after.values
+    assert gain not in after.values
     assert prove(raw, after, [inputs]).passed
