@@ -13,6 +13,8 @@ from torch import Tensor
 HALVES = (torch.bfloat16, torch.float16)
 MOST_TOKENS = 64
 """For more tokens the vendor's product is faster than ours (benchmarks/LOG.md)."""
+WIDEST = 2**14
+"""Features of a row that a kernel holds at once."""
 
 
 def refusal(*tensors: Tensor | None) -> str | None:
@@ -57,16 +59,34 @@ def refuses_product(
     return refusal(x, *weights, *others)
 
 
-def chosen(kind: str, x: Tensor, weight: Tensor) -> Any:
-    """The configuration measured to be the fastest for a product of x with a weight, or why there is none, in words."""
+@cache
+def processors(index: int) -> int:
+    """How many multiprocessors a device has."""
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def refuses_rows(x: Tensor, *others: Tensor | None) -> str | None:
+    """Why no Triton kernel may run over the rows of x, or None."""
+    if x.dtype not in (*HALVES, torch.float32):
+        return f"x is {x.dtype}"
+    if x.numel() == 0 or x.shape[-1] > WIDEST:
+        return f"x is {tuple(x.shape)}"
+    return refusal(x, *others)
+
+
+def chosen(kind: str, x: Tensor, weight: Tensor, alone: bool = False) -> Any:
+    """The configuration measured to be the fastest for a product of x with a weight, or why there is none, in words.
+
+    `alone` is for a product without a norm, which has to beat the vendor's product alone.
+    """
     n, k = weight.shape
     device = kernel("choice", "device_name")(x.get_device())
-    return kernel("choice", "choose")(kind, x.numel() // k, n, k, device)
+    return kernel("choice", "choose")(kind, x.numel() // k, n, k, device, alone)
 
 
-def slower(kind: str, x: Tensor, weight: Tensor) -> str | None:
+def slower(kind: str, x: Tensor, weight: Tensor, alone: bool = False) -> str | None:
     """Why the vendor's product serves a call better than a kernel of ours, or None."""
-    config = None if many(x) else chosen(kind, x, weight)
+    config = chosen(kind, x, weight, alone)
     return config if isinstance(config, str) else None
 
 

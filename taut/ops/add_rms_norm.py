@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from taut.op import Reason, Work, nbytes, op
+from taut.ops import _gpu
 from taut.ops._cpu import address, kernel, refusal, tag, threads
 from taut.ops.rms_norm import rms_norm
 
@@ -36,6 +37,20 @@ def _(x, residual, gain=None, eps=1e-6) -> Work:
 def _(make):
     yield (make(3, 5, 64), make(3, 5, 64), make(64)), {}
     yield (make(40, 1030), make(40, 1030)), {"eps": 1e-2}
+
+
+def _triton_fits(x, residual, gain=None, eps=1e-6) -> Reason:
+    if x.dtype != residual.dtype or x.shape != residual.shape:
+        return "x and residual differ in dtype or shape"
+    return _gpu.refuses_rows(x, residual, gain)
+
+
+@add_rms_norm.impl("triton", when=_triton_fits, opaque=True)
+def _(x: Tensor, residual: Tensor, gain: Tensor | None = None, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    y, total = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
+    d = x.shape[-1]
+    _gpu.kernel("rows", "add_norm_rows")(x.reshape(-1, d), residual.reshape(-1, d), gain, total, y, eps)
+    return y, total
 
 
 def _fits(x, residual, gain=None, eps=1e-6) -> Reason:

@@ -75,7 +75,7 @@ def _triton_fits(x, weight, residual, bias=None, scale=None) -> Reason:
     reason = _gpu.refuses_product(x, (weight,), (scale,), residual, bias)
     if reason is None and bias is not None and _gpu.many(x):
         return "a bias, and more tokens than our own product serves"
-    return reason or _gpu.slower("linear", x, weight)
+    return reason or (None if _gpu.many(x) else _gpu.slower("linear", x, weight))
 
 
 @linear_residual.impl("triton", when=_triton_fits, opaque=True)
@@ -89,7 +89,7 @@ def _(
         y = torch.empty_like(residual, memory_format=torch.contiguous_format)
         config = _gpu.chosen("linear", x, weight)
         _gpu.kernel("launch", "project")(flat, weight, y, config, bias=bias, residual=residual.contiguous())
-    squares = _gpu.kernel("launch", "row_squares")(y.view(-1, y.shape[-1]))
+    squares = _gpu.kernel("rows", "row_squares")(y.view(-1, y.shape[-1]))
     return y, squares.view(*y.shape[:-1], 1)
 
 

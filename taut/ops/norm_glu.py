@@ -16,6 +16,7 @@ from taut.ops import _gpu
 from taut.ops._activation import ACTIVATIONS, activation
 from taut.ops._cpu import address, kernel, tag, threads
 from taut.ops._matvec import refuses_product, refuses_torch
+from taut.ops._training import NormGlu, wants_gradient
 from taut.ops._weights import dequantize, quantize
 from taut.ops._wide import wide
 from taut.ops.glu import glu
@@ -83,6 +84,8 @@ def _torch_fits(x, gate, up, gain=None, eps=1e-6, act="silu", gate_scale=None, u
 
 @norm_glu.impl("torch", when=_torch_fits)
 def _(x, gate, up, gain=None, eps=1e-6, act="silu", gate_scale=None, up_scale=None):
+    if wants_gradient(x, gate, up, gain) and not isinstance(eps, Tensor):
+        return NormGlu.apply(x, gate, up, gain, eps, act)
     h = rms_norm(x, gain, eps)
     return glu(linear(h, gate), linear(h, up), act)
 
@@ -92,11 +95,12 @@ def _triton_fits(x, gate, up, gain=None, eps=1e-6, act="silu", gate_scale=None, 
         return "eps is a tensor"
     if act not in ACTIVATIONS:
         return f"no activation {act!r}"
-    if gain is not None and x.numel() > x.shape[-1]:
-        return "a gain that is not folded into the weight, and more than one token"
+    if gain is not None and _gpu.many(x):
+        return "a gain that is not folded into the weight, and a product of the raw stream"
     if x.dtype == torch.float16 and _gpu.many(x):
         return "a product that is rounded before the division may leave float16's range"
-    return _gpu.refuses_product(x, (gate, up), (gate_scale, up_scale), gain) or _gpu.slower("glu", x, gate)
+    reason = _gpu.refuses_product(x, (gate, up), (gate_scale, up_scale), gain)
+    return reason or (None if _gpu.many(x) else _gpu.slower("glu", x, gate))
 
 
 @norm_glu.impl("triton", when=_triton_fits, opaque=True)
@@ -113,7 +117,7 @@ def _(
     y = x.new_empty(*x.shape[:-1], gate.shape[0])
     flat = x.reshape(-1, x.shape[-1])
     if _gpu.many(x):
-        return _gpu.kernel("launch", "glu_rows")(flat, product(flat, gate), product(flat, up), y, eps, act)
+        return _gpu.kernel("rows", "glu_rows")(flat, product(flat, gate), product(flat, up), y, eps, act)
     config = _gpu.chosen("glu", x, gate)
     _gpu.kernel("launch", "project")(flat, gate, y, config, up=up, act=act, gain=gain, eps=eps)
     return y

@@ -6,14 +6,13 @@ Differs: the unscaled product is never rounded: accumulated and scaled in float3
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
-from torch.nn.functional import linear as product
 
 from taut.op import Reason, Work, nbytes, op
 from taut.ops import _gpu
 from taut.ops._matvec import matvec, refuses_product, refuses_torch
+from taut.ops._training import NormLinear, wants_gradient
 from taut.ops._weights import dequantize, quantize
 from taut.ops._wide import wide
 from taut.ops.inv_rms import inv_rms
@@ -73,15 +72,16 @@ def _torch_fits(x, weight, gain=None, bias=None, eps=1e-6, residual=None, scale=
 
 @norm_linear.impl("torch", when=_torch_fits)
 def _(x, weight, gain=None, bias=None, eps=1e-6, residual=None, scale=None):
-    y = linear(rms_norm(x, gain, eps), weight, bias)
+    if wants_gradient(x, weight, gain, bias) and not isinstance(eps, Tensor):
+        y = NormLinear.apply(x, weight, gain, bias, eps)
+    else:
+        y = linear(rms_norm(x, gain, eps), weight, bias)
     return y if residual is None else y + residual
 
 
 def _triton_fits(x, weight, gain=None, bias=None, eps=1e-6, residual=None, scale=None) -> Reason:
     if isinstance(eps, Tensor):
         return "eps is a tensor"
-    if gain is not None and x.numel() > x.shape[-1] and not _gpu.many(x):
-        return "a gain that is not folded into the weight, and more than one token"
     reason = _gpu.refuses_product(x, (weight,), (scale,), gain, bias, residual)
     return reason or _gpu.slower("linear", x, weight)
 
@@ -97,10 +97,6 @@ def _(
     scale: Tensor | None = None,
 ) -> Tensor:
     flat = x.reshape(-1, x.shape[-1])
-    if _gpu.many(x):
-        h = _gpu.kernel("launch", "norm_rows")(flat, gain, torch.empty_like(flat), eps).view(x.shape)
-        y = product(h, weight, bias)
-        return y if residual is None else y + residual
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     rows = None if residual is None else residual.contiguous()
     config = _gpu.chosen("linear", x, weight)

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from taut.op import Reason, Work, nbytes, op
+from taut.ops import _gpu
 from taut.ops._cpu import address, kernel, refusal, tag, threads
 from taut.ops._wide import wide
 
@@ -39,6 +40,16 @@ def _(make):
     yield (make(4, 577),), {"eps": 1e-2}
     yield (make(40, 1030), make(1030)), {}
     yield (make(4, 33) * 1e-3, make(33), make(4, 1).abs()), {}
+
+
+def _triton_fits(x, gain=None, eps=1e-6) -> Reason:
+    return "eps is a tensor" if isinstance(eps, Tensor) else _gpu.refuses_rows(x, gain)
+
+
+@rms_norm.impl("triton", when=_triton_fits, opaque=True)
+def _(x: Tensor, gain: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return _gpu.kernel("rows", "norm_rows")(x.reshape(-1, x.shape[-1]), gain, y, eps)
 
 
 def _fits(x, gain=None, eps=1e-6) -> Reason:

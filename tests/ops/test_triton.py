@@ -10,12 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from taut.ops.add_rms_norm import add_rms_norm
 from taut.ops.decode_attention import decode_attention
 from taut.ops.linear_residual import linear_residual
 from taut.ops.norm_glu import norm_glu
 from taut.ops.norm_linear import norm_linear
+from taut.ops.rms_norm import rms_norm
 
 INTERPRETED = Path(__file__).with_name("triton_cases.py")
 
@@ -38,9 +42,15 @@ def cases() -> list[tuple[str, float, float]]:
         ("norm_linear", 7),
         ("linear", 7),
         ("norm_glu", 14),
+        ("summed", 4),
         ("row_squares", 1),
-        ("glu_rows", 1),
         ("norm_rows", 1),
+        ("add_norm_rows", 1),
+        ("add_rows", 1),
+        ("glu_rows", 2),
+        ("rope_append", 2),
+        ("norm_slopes", 4),
+        ("glu_slopes", 16),
         ("decode", 9),
     ],
 )
@@ -107,13 +117,49 @@ def test_ops_on_a_gpu_are_as_accurate_as_torch(tokens: int):
     x, weight, up, residual = (
         torch.randn(size, device="cuda").bfloat16() for size in ((tokens, 576), (960, 576), (960, 576), (tokens, 960))
     )
-    for op, args in ((norm_linear, (x, weight)), (norm_glu, (x, weight, up)), (linear_residual, (x, weight, residual))):
-        assert dict(op.explain(*args))["triton"] == "fits"
+    gain = torch.randn(576, device="cuda").bfloat16()
+    for op, args, plainly in (
+        (norm_linear, (x, weight), unfused_linear),
+        (norm_linear, (x, weight, gain), unfused_linear),
+        (norm_glu, (x, weight, up), unfused_glu),
+        (norm_glu, (x, weight, up, gain), unfused_glu),
+        (linear_residual, (x, weight, residual), lambda x, weight, residual: F.linear(x, weight) + residual),
+        (rms_norm, (x, gain), lambda x, gain: F.rms_norm(x, (576,), gain, 1e-6)),
+        (add_rms_norm, (x, x.flip(0), gain), lambda x, y, gain: F.rms_norm(x + y, (576,), gain, 1e-6)),
+    ):
         truth = op.reference(*(a.double() for a in args))
-        y, plain, true = (tree_leaves(r)[0] for r in (op(*args), op(*args, impl="torch"), truth))
+        y, true, plain = tree_leaves(op(*args))[0], tree_leaves(truth)[0], plainly(*args)
         assert (y.double() - true).norm() <= 2 * (plain.double() - true).norm()
     y, squares = linear_residual(x, weight, residual)
-    torch.testing.assert_close(squares, y.double().square().sum(-1, keepdim=True).float())
+    true = y.double().square().sum(-1, keepdim=True)
+    assert (squares - true).norm() <= 2 * (y.square().sum(-1, keepdim=True) - true).norm()
+
+
+def unfused_linear(x: Tensor, weight: Tensor, gain: Tensor | None = None) -> Tensor:
+    return F.linear(F.rms_norm(x, x.shape[-1:], gain, 1e-6), weight)
+
+
+def unfused_glu(x: Tensor, gate: Tensor, up: Tensor, gain: Tensor | None = None) -> Tensor:
+    h = F.rms_norm(x, x.shape[-1:], gain, 1e-6)
+    return F.silu(F.linear(h, gate)) * F.linear(h, up)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 30, 1000])
+def test_gradients_on_a_gpu_are_as_accurate_as_unfused_code(tokens: int):
+    """Every gradient errs at most twice as much as that of the same function in plain bf16 code."""
+    torch.manual_seed(0)
+    make = lambda *size: torch.randn(size, device="cuda").bfloat16()  # noqa: E731
+    x, weight, up, gain, dy = make(tokens, 576), make(960, 576), make(960, 576), make(576), make(tokens, 960)
+    for op, plainly, args in ((norm_linear, unfused_linear, (x, weight)), (norm_glu, unfused_glu, (x, weight, up))):
+        fast, plain, wide = (
+            [t.to(d).requires_grad_() for t in (*args, gain)] for d in (x.dtype, x.dtype, torch.double)
+        )
+        assert op is norm_glu or "gradient" in dict(op.explain(*fast))["triton"]
+        found = torch.autograd.grad(op(*fast), fast, dy)
+        truth = torch.autograd.grad(op.reference(*wide), wide, dy.double())
+        for y, p, t in zip(found, torch.autograd.grad(plainly(*plain), plain, dy), truth, strict=True):
+            assert (y.double() - t).norm() <= 2 * (p.double() - t).norm()
 
 
 @pytest.mark.gpu

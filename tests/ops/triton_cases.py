@@ -13,22 +13,22 @@ from torch import Tensor
 
 from taut.nn import sampling
 from taut.ops._activation import ACTIVATIONS
-from taut.ops._triton.launch import (
-    Attention,
-    Config,
-    decode_attention,
-    glu_rows,
-    norm_rows,
-    project,
-    row_squares,
-    sample_lm_head,
-)
+from taut.ops._triton import grads
+from taut.ops._triton.heads import rope_append
+from taut.ops._triton.launch import Attention, Config, decode_attention, project, sample_lm_head
+from taut.ops._triton.rows import add_norm_rows, add_rows, argmax_rows, glu_rows, norm_rows, row_squares
+from taut.ops.add_rms_norm import add_rms_norm
 from taut.ops.decode_attention import decode_attention as attention
+from taut.ops.glu_grad import glu_grad
 from taut.ops.linear import linear
 from taut.ops.norm_glu import norm_glu
 from taut.ops.norm_linear import norm_linear
 from taut.ops.rms_norm import rms_norm
+from taut.ops.rms_norm_grad import rms_norm_grad
+from taut.ops.rope import rope
 
+Case = tuple[str, Tensor, Tensor, Tensor]
+"""(name, result, truth, plain result)."""
 MATVEC, SPLIT = Config(4, 0, 64), Config(16, 16, 32, 2)
 WHOLE, WIDE = Config(32, 16, 32), Config(64, 64, 64)
 PRODUCTS = [(1, 77, 30, MATVEC), (1, 128, 33, Config(8, 0, 128)), (3, 72, 50, WHOLE), (5, 77, 50, SPLIT)]
@@ -59,7 +59,7 @@ def poisoned(*size: int) -> Tensor:
     return torch.full(size, float("nan"))
 
 
-def products() -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+def products() -> Iterator[Case]:
     for tokens, k, n, config in PRODUCTS:
         x, weight, up = (with_gaps(make(*size)) for size in ((tokens, k), (n, k), (n, k)))
         gain, bias, residual = make(k) if tokens == 1 else None, make(n), make(tokens, n)
@@ -75,19 +75,86 @@ def products() -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
             yield f"norm_glu {act} {name}", y, norm_glu.reference(*widened(args)), norm_glu.reference(*args)
 
 
-def rows() -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+def summed() -> Iterator[Case]:
+    """The same behind a sum, which is written too, and with a gain that more than one token shares."""
+    for tokens, k, n, config in PRODUCTS[1:5]:
+        x, delta, gain, weight = with_gaps(make(tokens, k)), with_gaps(make(tokens, k)), make(k), make(n, k)
+        stream = torch.full((tokens, k), float("nan")).half()
+        y = project(x, weight, poisoned(tokens, n), config, gain=gain, eps=1e-2, delta=delta, stream=stream)
+        assert torch.equal(stream, x + delta)
+        args = (stream, weight, gain, None, 1e-2)
+        yield f"summed {tokens}x{k}x{n}", y, norm_linear.reference(*widened(args)), norm_linear.reference(*args)
+
+
+def rows() -> Iterator[Case]:
     y = make(3, 300)
     yield "row_squares", row_squares(y), y.double().square().sum(-1, keepdim=True), y.square().sum(-1, keepdim=True)
-    x, gain = with_gaps(make(301, 77)), make(77)
+    x, delta, gain = with_gaps(make(301, 77)), with_gaps(make(301, 77)), make(77)
     truth, plain = rms_norm.reference(*widened((x, gain, 1e-2))), rms_norm.reference(x, gain, 1e-2)
     yield "norm_rows", norm_rows(x, gain, poisoned(301, 77), 1e-2), truth, plain
+    total, y = torch.full((301, 77), float("nan")).half(), poisoned(301, 77)
+    add_norm_rows(x, delta, gain, total, y, 1e-2)
+    plain, expected = add_rms_norm.reference(x, delta, gain, 1e-2)
+    assert torch.equal(total, expected)
+    yield "add_norm_rows", y, rms_norm.reference(*widened((expected, gain, 1e-2))), plain
+    squares = add_rows(x, delta, total.fill_(float("nan")))
+    assert torch.equal(total, expected)
+    yield "add_rows", squares, expected.double().square().sum(-1, keepdim=True), expected.square().sum(-1, keepdim=True)
     x, gate, up = make(3, 40), make(30, 40), make(30, 40)
-    g, u = x @ gate.T, x @ up.T
-    truth = norm_glu.reference(*widened((x, gate, up)))
-    yield "glu_rows", glu_rows(x, g, u, poisoned(3, 30), 1e-6, "silu"), truth, norm_glu.reference(x, gate, up)
+    both = torch.cat((x @ gate.T, x @ up.T), 1)
+    truth, plain = norm_glu.reference(*widened((x, gate, up))), norm_glu.reference(x, gate, up)
+    for squares in (None, row_squares(x)):
+        y = glu_rows(x, both[:, :30], both[:, 30:], poisoned(3, 30), 1e-6, "silu", squares)
+        yield "glu_rows", y, truth, plain
+    for columns in (77, 20_000):
+        x = torch.randint(0, columns // 2, (5, columns)).half()
+        assert torch.equal(argmax_rows(x), x.argmax(-1))
 
 
-def decoding() -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+def turning() -> Iterator[Case]:
+    """7 tokens of three sequences, 3 query heads on 1 and 12 on 4, caches with room and with pages."""
+    positions, sequences = torch.tensor([0, 1, 2, 8, 4, 5, 3]), torch.tensor([0, 0, 0, 1, 1, 1, 2])
+    table = torch.tensor([[4, 0, 2], [1, 3, 7], [5, 6, 8]])
+    for heads, kv, d, rotary, interleaved, pages in ((3, 1, 16, 16, False, False), (12, 4, 24, 8, True, True)):
+        stream, weight = make(7, 40), make((heads + 2 * kv) * d, 40)
+        angles = torch.randn(9, rotary // 2)
+        angles = angles.repeat_interleave(2, -1) if interleaved else torch.cat((angles, angles), -1)
+        room = (9, kv, 4, d) if pages else (3, kv, 11, d)
+        q, keys, values = poisoned(7, heads, d), poisoned(*room), poisoned(*room)
+        places = with_gaps(stream @ weight.T), angles.cos(), angles.sin(), positions, q, keys, values
+        how = {"sequences": sequences, "table": table if pages else None, "interleaved": interleaved}
+        rope_append(*places, squares=row_squares(stream), width=40, eps=1e-2, **how)
+        if pages:
+            keys, values = (t[table].transpose(1, 2).flatten(2, 3) for t in (keys, values))
+        assert keys.isfinite().sum() == values.isfinite().sum() == 7 * kv * d
+        found = torch.cat((q, keys[sequences, :, positions], values[sequences, :, positions]), 1)
+        turned = lambda t: _turned(t, weight, angles[positions], d, heads + kv, interleaved)  # noqa: B023, E731
+        truth, plain = turned(stream.double()), turned(stream)
+        yield f"rope_append {pages}", found, truth, plain
+
+
+def _turned(stream: Tensor, weight: Tensor, angles: Tensor, d: int, turning: int, interleaved: bool) -> Tensor:
+    projected = norm_linear.reference(stream, weight.to(stream.dtype), eps=1e-2).unflatten(1, (-1, d))
+    cos, sin = (f(angles.to(stream.dtype))[:, None] for f in (torch.cos, torch.sin))
+    return torch.cat((rope.reference(projected[:, :turning], cos, sin, interleaved), projected[:, turning:]), 1)
+
+
+def slopes() -> Iterator[Case]:
+    for tokens, k in ((1, 77), (40, 130)):
+        args = with_gaps(make(tokens, k)), with_gaps(make(tokens, k)), make(k)
+        found = grads.rms_norm_grad(*args, poisoned(tokens, k), 1e-2, 3)
+        truth, plain = rms_norm_grad.reference(*widened(args), 1e-2), rms_norm_grad.reference(*args, 1e-2)
+        for i, name in enumerate(("dx", "dgain")):
+            yield f"norm_slopes {name}", found[i], truth[i], plain[i]
+    args = make(3, 700), make(3, 700), make(3, 700)
+    for act in ACTIVATIONS:
+        found = grads.glu_grad(*args, poisoned(3, 700), poisoned(3, 700), act)
+        truth, plain = glu_grad.reference(*widened(args), act), glu_grad.reference(*args, act)
+        for i, name in enumerate(("dgate", "dup")):
+            yield f"glu_slopes {act} {name}", found[i], truth[i], plain[i]
+
+
+def decoding() -> Iterator[Case]:
     cases = attention.cases
     assert cases is not None
     for number, (args, kwargs) in enumerate(cases(make)):
@@ -97,12 +164,12 @@ def decoding() -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
         clean = (q, k, v.nan_to_num(), lengths, *table)
         truth, plain = attention.reference(*widened(clean), **kwargs), attention.reference(*clean, **kwargs)
         for processors in (1, 5, 40):
-            places = q, k, v, lengths, *(table or [None]), poisoned(*q.shape)
-            y = decode_attention(*places, kwargs.get("scale"), Attention(16), processors)
+            pages, y = table[0] if table else None, poisoned(*q.shape)
+            decode_attention(q, k, v, lengths, pages, y, kwargs.get("scale"), Attention(16), processors)
             yield f"decode_attention {number} on {processors}", y, truth, plain
 
 
-def draws() -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+def draws() -> Iterator[Case]:
     h, weight, heat = make(5, 64), make(1003, 64) * 0.2, torch.tensor([0, 1.0, 0.5, 2, 1])
     mask = torch.rand(5, 1003) > 0.3
     for seed, step in ((0, 0), (2**40 + 12345, 7), (2**63 - 5, 2**31 - 3)):
@@ -120,6 +187,6 @@ def draws() -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    for part in (products, rows, decoding, draws):
+    for part in (products, summed, rows, turning, slopes, decoding, draws):
         for case in part():
             report(*case)

@@ -22,8 +22,11 @@ BUCKETS = (1, 16, 64)
 """Token counts that are measured; a product of fewer tokens takes the next one's row."""
 
 
-def choose(kind: str, tokens: int, n: int, k: int, device: str) -> Config | str:
-    """The configuration for a `linear` or a `glu` on a device of a name, or why the vendor's product serves it."""
+def choose(kind: str, tokens: int, n: int, k: int, device: str, alone: bool = False) -> Config | str:
+    """The configuration for a `linear` or a `glu` on a device of a name, or why the vendor's product serves it.
+
+    `alone` asks for a product without a norm before it: then ours must not be slower than the vendor's alone.
+    """
     if tokens > BUCKETS[-1]:
         return f"more than {BUCKETS[-1]} tokens are the vendor's"
     rows = table(device)
@@ -34,7 +37,7 @@ def choose(kind: str, tokens: int, n: int, k: int, device: str) -> Config | str:
     if not near:
         return f"the table of {device} has no {kind} of {bucket} tokens"
     row = min(near, key=lambda row: abs(math.log(row["n"] / n)) + abs(math.log(row["k"] / k)))
-    if row["config"] is None:
+    if row["config"] is None or (alone and row["us"] > row["product_us"]):
         return f"the vendor's product is faster at {bucket} tokens near ({k}, {n})"
     return Config(*row["config"])
 

@@ -9,7 +9,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from taut.ops._triton import lean, products, sampling
+from taut.ops._triton import lean, products, rows, sampling
+from taut.ops._triton.start import interpreted, options
 
 
 class Config(NamedTuple):
@@ -28,11 +29,6 @@ class Config(NamedTuple):
     ahead: int = 0
 
 
-def interpreted() -> bool:
-    """Whether Triton runs the kernels on the CPU, one operation after the other."""
-    return bool(triton.knobs.runtime.interpret)
-
-
 def project(
     x: Tensor,
     weight: Tensor,
@@ -45,14 +41,18 @@ def project(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     eps: float | None = None,
+    delta: Tensor | None = None,
+    stream: Tensor | None = None,
 ) -> Tensor:
     """Write act(x weight^T) * (x up^T) + bias + residual of rms_norm(x, gain, eps), where given, into y and return it.
 
-    x: [tokens, k]; weight and up: [n, k]; y and residual: contiguous [tokens, n]; all of one 16-bit dtype but y. A gain
-    is for one token only.
+    x: [tokens, k]; weight and up: [n, k]; y and residual: contiguous [tokens, n]; all of one 16-bit dtype but y. With a
+    `delta` [tokens, k] the input is x + delta, which is written into a contiguous `stream`.
     """
     if config.tokens == 0:
-        return _matvec(x, weight, y, config, up, act, gain, bias, residual, eps)
+        return _matvec(x, weight, y, config, up, act, gain, bias, residual, eps, delta, stream)
+    if delta is not None or gain is not None:
+        x, eps = _summed_and_normed(x, gain, eps, delta, stream), None
     (tokens, k), n, pdl = x.shape, len(weight), config.ahead >= 0 and not interpreted()
     tma = all(_even(t) for t in (x, weight, up) if t is not None)
     split = min(config.split, triton.cdiv(k, config.inputs))
@@ -67,62 +67,50 @@ def project(
         *(bias, residual, y, partial, weight, up),
         *(tokens, n, k, x.stride(0), weight.stride(0), 0 if up is None else up.stride(0), eps or 0.0),
         *(config.ahead, eps is not None, act, config.outputs, config.tokens, config.inputs, split, tma, pdl),
-        **_options(config, pdl),
+        **options(config.warps, config.stages, pdl),
     )
     if split > 1:
         products.finish[(triton.cdiv(n, 512), tokens)](
             *(partial, bias, residual, y, tokens, n, k, eps or 0.0, eps is not None, act, up is not None, split),
             *(512, pdl),
-            **_options(Config(0, 0, 0), pdl),
+            **options(pdl=pdl),
         )
     return y
 
 
-def _matvec(x, weight, y, config, up, act, gain, bias, residual, eps) -> Tensor:
+def _summed_and_normed(
+    x: Tensor, gain: Tensor | None, eps: float | None, delta: Tensor | None, stream: Tensor | None
+) -> Tensor:
+    """A gain, or a sum, stands between the matrix and its tile: a small kernel before the product puts them in."""
+    y = None if eps is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rows.stream(x, delta, gain, stream, y, eps=eps or 0.0)
+    return stream if y is None else y
+
+
+def _matvec(x, weight, y, config, up, act, gain, bias, residual, eps, delta, stream) -> Tensor:
     n, k = weight.shape
     pdl = config.ahead >= 0 and not interpreted()
     products.matvec[(triton.cdiv(n, config.outputs),)](
-        *(x, weight, up, gain, bias, residual, y, n, k, weight.stride(0), 0 if up is None else up.stride(0)),
+        *(
+            x,
+            weight,
+            up,
+            gain,
+            bias,
+            residual,
+            y,
+            delta,
+            stream,
+            n,
+            k,
+            weight.stride(0),
+            0 if up is None else up.stride(0),
+        ),
         *(eps or 0.0, config.ahead, eps is not None, act, config.outputs, config.inputs),
         *(all(_even(t) for t in (weight, up) if t is not None), config.stages, pdl),
-        **_options(config, pdl),
+        **options(config.warps, config.stages, pdl),
     )
     return y
-
-
-def row_squares(y: Tensor) -> Tensor:
-    """float32 [tokens, 1]: the sum of squares of each row of a contiguous y [tokens, n]."""
-    pdl = not interpreted()
-    squares = torch.empty(len(y), 1, dtype=torch.float32, device=y.device)
-    block = min(triton.next_power_of_2(y.shape[1]), 4096)
-    products.row_squares[(len(y),)](y, squares, y.shape[1], block, pdl, **_options(Config(0, 0, 0), pdl))
-    return squares
-
-
-def norm_rows(x: Tensor, gain: Tensor | None, y: Tensor, eps: float) -> Tensor:
-    """Write rms_norm(x, gain, eps) of x [tokens, k] into a contiguous y and return it."""
-    pdl, (tokens, k) = not interpreted(), x.shape
-    block = triton.next_power_of_2(k)
-    rows = 1 << (max(1, min(4096 // block, tokens // 128)).bit_length() - 1)
-    options = _options(Config(0, 0, 0, warps=max(2, min(8, rows * block // 512))), pdl)
-    sizes = tokens, k, x.stride(0), eps
-    products.norm_rows[(triton.cdiv(tokens, rows),)](x, gain, y, *sizes, rows, block, pdl, **options)
-    return y
-
-
-def glu_rows(x: Tensor, gate: Tensor, up: Tensor, y: Tensor, eps: float, act: str) -> Tensor:
-    """Write act(gate s) * (up s) with s = 1 / rms(x), a scalar a row, into y; gate, up, y contiguous [tokens, n]."""
-    pdl = not interpreted()
-    (tokens, k), n = x.shape, gate.shape[1]
-    block = min(triton.next_power_of_2(n), 2048)
-    options = _options(Config(0, 0, 0), pdl)
-    products.glu_rows[(tokens,)](x, gate, up, y, n, k, x.stride(0), eps, act, block, pdl, **options)
-    return y
-
-
-def _options(config: Config, pdl: bool) -> dict[str, int | bool]:
-    options: dict[str, int | bool] = {"num_warps": config.warps, "num_stages": config.stages}
-    return options | {"launch_pdl": True} if pdl else options
 
 
 def _even(t: Tensor) -> bool:
@@ -170,16 +158,16 @@ def decode_attention(
     scratch = torch.empty(programs, 2, group, d + 2, dtype=torch.float32, device=q.device)
     scale = (d**-0.5 if scale is None else scale) * 1.4426950408889634
     width, rounded = triton.next_power_of_2(max(d, 16)), triton.next_power_of_2(batch)
-    options = _options(Config(0, 0, 0, 1, config.stages, config.warps), pdl)
+    started = options(config.warps, config.stages, pdl)
     lean.attend[(programs,)](
         *(q, k, v, lengths, table, y, scratch, batch, kv_heads),
         *(k.shape[2], 0 if table is None else table.stride(0), *k.stride()[:3], *v.stride()[:3], scale),
         *(rounded, group, triton.next_power_of_2(max(group, 16)), d, width, config.keys, pdl),
-        **options,
+        **started,
     )
     lean.merge[(batch * kv_heads, group)](
         *(lengths, y, scratch, batch, kv_heads, programs, rounded, group, d, width, config.keys, 32, pdl),
-        **_options(Config(0, 0, 0), pdl),
+        **options(pdl=pdl),
     )
     return y
 
@@ -210,12 +198,12 @@ def sample_lm_head(
         *(0 if mask is None else mask.stride(0), x.stride(0), weight.stride(0), eps or 0.0, config.ahead),
         eps is not None,
         *(config.outputs, config.tokens, config.inputs, tma, pdl),
-        **_options(config, pdl),
+        **options(config.warps, config.stages, pdl),
     )
     best = torch.empty(batch, dtype=torch.int64, device=x.device)
     log_z = torch.empty(batch, dtype=torch.float32, device=x.device)
     sampling.best_tile[(batch,)](
         *(parts[0], ids, parts[1], parts[2], best, log_z, tiles, batch, triton.next_power_of_2(tiles), pdl),
-        **_options(Config(0, 0, 0), pdl),
+        **options(pdl=pdl),
     )
     return best, log_z

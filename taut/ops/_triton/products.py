@@ -82,6 +82,8 @@ def matvec(
     bias,
     residual,
     y,
+    delta,
+    stream,
     n,
     k,
     stride,
@@ -96,7 +98,8 @@ def matvec(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One token: BN outputs a program, BK inputs at a time. EVEN: rows begin at multiples of 16 bytes."""
+    """One token: BN outputs a program, BK inputs at a time. EVEN: rows begin at multiples of 16 bytes. With a `delta`
+    the input is x + delta, rounded, and the first program writes it into `stream`."""
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     live = rows < n
     places = tl.where(live, rows, 0).to(tl.int64)
@@ -117,6 +120,10 @@ def matvec(
         at = places[:, None] * stride + cols[None, :]
         w = tl.load(weight + at, mask=both, other=0, eviction_policy="evict_first").to(tl.float32)
         h = tl.load(x + cols, mask=seen, other=0).to(tl.float32)
+        if delta is not None:
+            summed = (h + tl.load(delta + cols, mask=seen, other=0).to(tl.float32)).to(stream.dtype.element_ty)
+            tl.store(stream + cols, summed, mask=seen & (tl.program_id(0) == 0))
+            h = summed.to(tl.float32)
         if NORM:
             squares += h * h
         if gain is not None:
@@ -260,53 +267,3 @@ def finish(
     other = ups if GLU else None
     out = finished(dots, other, total, bias, residual, rows * 0 + token, rows, live, n, k, eps, NORM, ACT)
     tl.store(y + at, out.to(y.dtype.element_ty), mask=live)
-
-
-@triton.jit
-def row_squares(y, squares, n, BN: tl.constexpr, PDL: tl.constexpr):
-    """The float32 sum of squares of each row of y; one row a program."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    row = tl.program_id(0)
-    total = tl.zeros([BN], tl.float32)
-    for start in range(0, n, BN):
-        cols = start + tl.arange(0, BN)
-        v = tl.load(y + row.to(tl.int64) * n + cols, mask=cols < n, other=0).to(tl.float32)
-        total += v * v
-    tl.store(squares + row, tl.sum(total, 0))
-
-
-@triton.jit
-def norm_rows(x, gain, y, tokens, k, x_stride, eps, ROWS: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr):
-    """rms_norm of ROWS rows a program, each of them at once."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    rows, cols = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BK)
-    live = (rows < tokens)[:, None] & (cols < k)[None, :]
-    v = tl.load(x + rows.to(tl.int64)[:, None] * x_stride + cols[None, :], mask=live, other=0).to(tl.float32)
-    v *= tl.rsqrt(tl.sum(v * v, 1) / k + eps)[:, None]
-    if gain is not None:
-        v *= tl.load(gain + cols, mask=cols < k, other=0).to(tl.float32)[None, :]
-    tl.store(y + rows.to(tl.int64)[:, None] * k + cols[None, :], v.to(y.dtype.element_ty), mask=live)
-
-
-@triton.jit
-def glu_rows(x, gate, up, y, n, k, x_stride, eps, ACT: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr):
-    """act(gate s) * (up s) of the unscaled products of one token a program, with s = 1 / rms(x) of its row."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    row = tl.program_id(0).to(tl.int64)
-    squares = tl.zeros([BN], tl.float32)
-    for start in range(0, k, BN):
-        cols = start + tl.arange(0, BN)
-        v = tl.load(x + row * x_stride + cols, mask=cols < k, other=0).to(tl.float32)
-        squares += v * v
-    inv = tl.rsqrt(tl.sum(squares, 0) / k + eps)
-    for start in range(0, n, BN):
-        cols = start + tl.arange(0, BN)
-        g = tl.load(gate + row * n + cols, mask=cols < n, other=0).to(tl.float32) * inv
-        u = tl.load(up + row * n + cols, mask=cols < n, other=0).to(tl.float32) * inv
-        tl.store(y + row * n + cols, (activate(g, ACT) * u).to(y.dtype.element_ty), mask=cols < n)
