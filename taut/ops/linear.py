@@ -7,6 +7,7 @@ how many tokens: Hong et al., FlashDecoding++, 2023, arXiv:2311.01282, section 5
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.nn.functional import linear as product
@@ -56,6 +57,8 @@ def _(make):
         yield (make(96), weight), {"scale": scale}
 
 
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
+
 FEW_TOKENS = 4
 """Up to which the matrix-vector kernel is taken on a machine that has not been measured."""
 
@@ -71,6 +74,31 @@ def _slower(way: str, x: Tensor, weight: Tensor) -> Reason:
     return (
         f"torch's own product is faster for more than {FEW_TOKENS} tokens of one dtype" if rows > FEW_TOKENS else None
     )
+
+
+def _onednn_fits(x, weight, bias=None, scale=None) -> Reason:
+    if not HAS_ONEDNN:
+        return "this torch was built without oneDNN"
+    if x.dtype != torch.float32 or weight.dtype != torch.float32 or scale is not None:
+        return "oneDNN's product is torch's own but in float32"
+    if x.numel() <= FEW_TOKENS * x.shape[-1]:
+        return "a few tokens"
+    return "nothing to multiply" if weight.numel() == 0 else refusal(x, bias) or refusal(weight, strided=True)
+
+
+def many(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight^T + bias in float32, for many rows of x; by oneDNN where torch has it.
+
+    For itself torch takes MKL, which uses AVX-512 on Intel's processors alone and is half as fast on AMD's.
+    """
+    if not HAS_ONEDNN:
+        return product(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@linear.impl("onednn", when=_onednn_fits, opaque=True)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    return many(x, weight, bias)
 
 
 def _flat_fits(x, weight, bias=None, scale=None) -> Reason:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from taut.checkpoint.errors import BadInput
 from taut.ops.sample import sample
-from taut.runtime.plain import PlainRunner
+from taut.runtime.prompt import PromptRunner
 from taut.runtime.runner import Runner
 from taut.runtime.steps import Program, Torch
 
@@ -54,7 +54,7 @@ class Engine:
     ) -> None:
         self.program, self.max_length, self.max_batch = program, program.max_length, max_batch
         self.runner = Runner(program, max_batch, cache_dtype)
-        self.many = PlainRunner(program, max_batch, self.runner.caches)
+        self.many = PromptRunner(program, self.runner.caches)
         self.lengths = [0] * max_batch
         self.stop = frozenset(stop)
 

@@ -14,6 +14,7 @@ from taut.ops._activation import activation
 from taut.ops._weights import dequantize
 from taut.ops.attention import attention
 from taut.ops.rope import rope
+from taut.runtime.gathers import views
 from taut.runtime.steps import (
     Attend,
     Combine,
@@ -49,18 +50,26 @@ class PlainRunner:
     ) -> None:
         self.program, self.dtype = program, dtype
         self.caches = empty_caches(program, max_batch, dtype) if caches is None else caches
+        self.dead = _dead_after(program)
+        self.mixing = max((i + 1 for i, step in enumerate(program.steps) if isinstance(step, Attend)), default=0)
 
     @torch.no_grad()
     def run(self, tokens: Tensor, positions: Tensor, slots: Tensor, rows: Tensor | None = None) -> Tensor:
         """Logits (rows, vocabulary) of every row, or of the rows named."""
         buffers: dict[str, Tensor] = {}
-        last = self.program.steps[-1]
-        for step in self.program.steps:
-            if step is last and rows is not None and not isinstance(step, Attend | Embed):
-                buffers = {name: tensor[rows] for name, tensor in buffers.items()}
-            self._step(step, buffers, tokens, positions, slots)
-        logits = buffers[self.program.logits]
-        return logits if rows is None or len(logits) == len(rows) else logits[rows]
+        places = tokens, positions, slots
+        self._steps(range(self.mixing), buffers, *places)
+        if rows is not None:  # behind the last attention no row looks at another
+            buffers = {name: tensor[rows] for name, tensor in buffers.items()}
+            places = tokens[rows], positions[rows], slots[rows]
+        self._steps(range(self.mixing, len(self.program.steps)), buffers, *places)
+        return buffers[self.program.logits]
+
+    def _steps(self, which: range, buffers: dict[str, Tensor], *places: Tensor) -> None:
+        for i in which:
+            self._step(self.program.steps[i], buffers, *places)
+            for name in self.dead[i]:
+                del buffers[name]
 
     def _step(self, step: Step, buffers: dict[str, Tensor], tokens: Tensor, positions: Tensor, slots: Tensor) -> None:
         def view(v: View) -> Tensor:
@@ -84,8 +93,7 @@ class PlainRunner:
                 buffers[step.out] = y if step.residual is None else y.add_(view(step.residual))
             case Glu():
                 x = view(step.x) if step.norm is None else self._norm(view(step.x), step.norm)
-                gate = activation(step.activation)(self._product(x, step.gate, step.gate_bias))
-                buffers[step.out] = gate.mul_(self._product(x, step.up, step.up_bias))
+                buffers[step.out] = self._glu(step, x)
             case Attend():
                 q, k, v = view(step.q), or_none(step.k), or_none(step.v)
                 buffers[step.out] = self._attend(step, q, k, v, positions, slots)
@@ -115,6 +123,10 @@ class PlainRunner:
     def _product(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         return F.linear(x, self._wide(weight), None if bias is None else bias.to(self.dtype))
 
+    def _glu(self, step: Glu, x: Tensor) -> Tensor:
+        gate = activation(step.activation)(self._product(x, step.gate, step.gate_bias))
+        return gate.mul_(self._product(x, step.up, step.up_bias))
+
     def _heads(self, x: Tensor, heads: int, norm: Norm | None, rotary: Rotary | None, positions: Tensor) -> Tensor:
         """(rows, heads, d), normed and turned."""
         x = x.unflatten(-1, (heads, -1))
@@ -135,8 +147,11 @@ class PlainRunner:
             new = self._heads(k, step.kv_heads, step.k_norm, step.rotary, positions)
             keys[slots, :, positions] = new.to(keys.dtype)
             values[slots, :, positions] = v.unflatten(-1, (step.kv_heads, -1)).to(values.dtype)
+        present = slots.unique().tolist()
+        if len(present) == 1:
+            return self._one_sequence(step, turned, keys[present[0]], values[present[0]], positions)
         out = q.new_empty(len(q), step.heads * step.dv)
-        for slot in slots.unique().tolist():
+        for slot in present:
             rows = (slots == slot).nonzero()[:, 0]
             out[rows] = self._one_sequence(step, turned[rows], keys[slot], values[slot], positions[rows])
         return out
@@ -159,3 +174,13 @@ class PlainRunner:
             mask = torch.where(mask, -step.alibi.to(self.dtype)[:, None, None] * ago, float("-inf"))[None]
         y = attention(q, *past, mask, step.scale, False, step.softcap, None, sinks)
         return y[0].transpose(0, 1).flatten(1)
+
+
+def _dead_after(program: Program) -> list[list[str]]:
+    """For every step the buffers that nothing reads after it."""
+    last: dict[str, int] = {}
+    for i, step in enumerate(program.steps):
+        outs = step.outs if isinstance(step, Torch) else (step.out,)
+        last |= dict.fromkeys([*outs, *(view.buffer for view in views(step))], i)
+    last.pop(program.logits)
+    return [[name for name, at in last.items() if at == i] for i in range(len(program.steps))]
