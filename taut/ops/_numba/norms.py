@@ -1,26 +1,71 @@
-"""Norms, a row at a time: read from memory once, then from the nearest cache."""
+"""Norms, a row at a time: read from memory once, then from the nearest cache, while the next row is asked for."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numba as nb
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
 
 from taut.ops._numba.parallel import shared
-from taut.ops._numba.scalar import JIT, array, down, span, up
+from taut.ops._numba.rows import LINE, prefetch
+from taut.ops._numba.scalar import EXACT, JIT, array, down, intrinsic, narrow, span, up
+from taut.ops._numba.simd import BITS, FUSE, LANES, WORD, at, broadcast, load, upto
+
+
+@intrinsic(prefer_literal=True)
+def affine(_typing, tag, gain_tag, bias_tag, gained, biased, x, gain, bias, y, d, mean, alpha, ahead):
+    """y = (x - mean) alpha gain + bias for d values at addresses; constants say whether there is a gain or a bias.
+
+    Asks meanwhile for as much memory from `ahead` on as it reads of x.
+    """
+    kind, gain_kind, bias_kind = (types.unliteral(t) for t in (tag, gain_tag, bias_tag))
+    has_gain, has_bias, size = gained.literal_value, biased.literal_value, BITS[kind] // 8
+    in_line = LINE // size
+
+    def generate(context, builder, _signature, args):
+        *_, x, gain, bias, y, d, mean, alpha, ahead = args
+        wide = broadcast(builder, mean), broadcast(builder, alpha)
+
+        def block(start: Any, count: int, mean: Any, alpha: Any) -> None:
+            value = builder.fsub(load(builder, at(builder, x, (start, size)), kind, count), mean, flags=EXACT)
+            value = builder.fmul(value, alpha, flags=EXACT)
+            if has_gain:
+                gains = load(builder, at(builder, gain, (start, BITS[gain_kind] // 8)), gain_kind, count)
+                value = builder.fmul(value, gains, flags=FUSE)
+            if has_bias:
+                biases = load(builder, at(builder, bias, (start, BITS[bias_kind] // 8)), bias_kind, count)
+                value = builder.fadd(value, biases, flags=FUSE)
+            stored = narrow(builder, value, kind)
+            place = builder.inttoptr(at(builder, y, (start, size)), stored.type.as_pointer())
+            builder.store(stored, place, align=size)
+
+        lines = builder.sdiv(d, ir.Constant(WORD, in_line))
+        with upto(builder, ir.Constant(WORD, 0), lines) as loop:
+            prefetch(builder, at(builder, ahead, (loop.index, LINE)), 1)
+            for step in range(0, in_line, LANES):
+                block(at(builder, ir.Constant(WORD, step), (loop.index, in_line)), LANES, *wide)
+        with upto(builder, builder.mul(lines, ir.Constant(WORD, in_line)), d) as loop:
+            block(loop.index, 1, mean, alpha)
+        return context.get_dummy_value()
+
+    ints, floats = [types.int64] * 5, [types.float32] * 2
+    return types.void(tag, gain_tag, bias_tag, gained, biased, *ints, *floats, types.int64), generate
 
 
 @njit(**JIT)
-def scaled(source, to, alpha, gain, d, y_tag, gain_tag):
-    """to = source alpha gain"""
-    if gain:
-        gains = array(gain, d, gain_tag)
-        for i in range(d):
-            to[i] = down(up(source[i]) * alpha * up(gains[i]), y_tag)
+def moved(x, gain, bias, y, d, mean, alpha, ahead, tag, gain_tag, bias_tag):
+    """y = (x - mean) alpha gain + bias, where there are any, while the memory at `ahead` is asked for."""
+    if gain and bias:
+        affine(tag, gain_tag, bias_tag, 1, 1, x, gain, bias, y, d, mean, alpha, ahead)
+    elif gain:
+        affine(tag, gain_tag, bias_tag, 1, 0, x, gain, bias, y, d, mean, alpha, ahead)
+    elif bias:
+        affine(tag, gain_tag, bias_tag, 0, 1, x, gain, bias, y, d, mean, alpha, ahead)
     else:
-        for i in range(d):
-            to[i] = down(up(source[i]) * alpha, y_tag)
+        affine(tag, gain_tag, bias_tag, 0, 0, x, gain, bias, y, d, mean, alpha, ahead)
 
 
 @njit(**JIT)
@@ -34,10 +79,12 @@ def inverse_rms(source, d, eps):
 
 @njit(**JIT)
 def rms_part(part, parts, x, gain, y, rows, d, eps, tag, gain_tag):
-    source, to = array(x, (rows, d), tag), array(y, (rows, d), tag)
+    source, none = array(x, (rows, d), tag), nb.float32(0)
+    size = d * source.itemsize
     first, last = span(rows, part, parts)
     for row in range(first, last):
-        scaled(source[row], to[row], inverse_rms(source[row], d, eps), gain, d, tag, gain_tag)
+        alpha, at_row, ahead = inverse_rms(source[row], d, eps), x + row * size, x + min(row + 1, last - 1) * size
+        moved(at_row, gain, 0, y + row * size, d, none, alpha, ahead, tag, gain_tag, gain_tag)
 
 
 share_rms = shared(rms_part)
@@ -50,14 +97,17 @@ def rms_norm(x, gain, y, rows, d, eps, parts, tag, gain_tag):
 
 @njit(**JIT)
 def add_rms_part(part, parts, x, residual, gain, y, total, rows, d, eps, tag, gain_tag):
-    xs, rs = array(x, (rows, d), tag), array(residual, (rows, d), tag)
-    ys, sums = array(y, (rows, d), tag), array(total, (rows, d), tag)
+    xs, rs, sums = array(x, (rows, d), tag), array(residual, (rows, d), tag), array(total, (rows, d), tag)
+    size, none = d * xs.itemsize, nb.float32(0)
     first, last = span(rows, part, parts)
     for row in range(first, last):
         a, b, c = xs[row], rs[row], sums[row]
         for i in range(d):
             c[i] = down(up(a[i]) + up(b[i]), tag)
-        scaled(c, ys[row], inverse_rms(c, d, eps), gain, d, tag, gain_tag)
+        ahead = x + min(row + 1, last - 1) * size
+        moved(
+            total + row * size, gain, 0, y + row * size, d, none, inverse_rms(c, d, eps), ahead, tag, gain_tag, gain_tag
+        )
 
 
 share_add_rms = shared(add_rms_part)
@@ -70,11 +120,11 @@ def add_rms_norm(x, residual, gain, y, total, rows, d, eps, parts, tag, gain_tag
 
 @njit(**JIT)
 def layer_part(part, parts, x, gain, bias, y, rows, d, eps, tag, gain_tag, bias_tag):
-    source, to = array(x, (rows, d), tag), array(y, (rows, d), tag)
-    gains, biases = array(gain, d, gain_tag), array(bias, d, bias_tag)
+    source = array(x, (rows, d), tag)
+    size = d * source.itemsize
     first, last = span(rows, part, parts)
     for row in range(first, last):
-        a, b, total, squares = source[row], to[row], nb.float32(0), nb.float32(0)
+        a, total, squares = source[row], nb.float32(0), nb.float32(0)
         for i in range(d):
             total += up(a[i])
         mean = total / nb.float32(d)
@@ -82,18 +132,8 @@ def layer_part(part, parts, x, gain, bias, y, rows, d, eps, tag, gain_tag, bias_
             value = up(a[i]) - mean
             squares += value * value
         alpha = nb.float32(1) / math.sqrt(squares / nb.float32(d) + nb.float32(eps))
-        if gain and bias:
-            for i in range(d):
-                b[i] = down((up(a[i]) - mean) * alpha * up(gains[i]) + up(biases[i]), tag)
-        elif gain:
-            for i in range(d):
-                b[i] = down((up(a[i]) - mean) * alpha * up(gains[i]), tag)
-        elif bias:
-            for i in range(d):
-                b[i] = down((up(a[i]) - mean) * alpha + up(biases[i]), tag)
-        else:
-            for i in range(d):
-                b[i] = down((up(a[i]) - mean) * alpha, tag)
+        ahead = x + min(row + 1, last - 1) * size
+        moved(x + row * size, gain, bias, y + row * size, d, mean, alpha, ahead, tag, gain_tag, bias_tag)
 
 
 share_layer = shared(layer_part)

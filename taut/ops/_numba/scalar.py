@@ -6,7 +6,7 @@ from typing import Any
 
 import numba as nb
 import numpy as np
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import extending, njit, types
 from numba.core import cgutils
 from numba.np.numpy_support import carray
@@ -26,6 +26,24 @@ JIT: dict[str, Any] = {
 
 FLOAT, HALF, INT32, INT16 = ir.FloatType(), ir.HalfType(), ir.IntType(32), ir.IntType(16)
 EXACT = ("nsz",)  # a flag of its own keeps numba from adding the fast ones
+
+
+class BFloat(ir.Type):
+    """LLVM's bfloat16, which llvmlite does not know."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BFloat)
+
+    def __hash__(self) -> int:
+        return hash(BFloat)
+
+
+ROUNDS = bool(binding.get_host_cpu_features().get("avx512bf16"))
+"""Whether one instruction rounds a vector to bfloat16. It takes numbers below the normal range for zero. Of scalars in
+a loop LLVM makes no vector if they are rounded so."""
 
 
 def like(kind: ir.Type, shape: ir.Type) -> ir.Type:
@@ -55,17 +73,20 @@ def widen(builder: ir.IRBuilder, value: Any, tag: types.Type) -> Any:
 
 
 def narrow(builder: ir.IRBuilder, value: Any, tag: types.Type) -> Any:
-    """The stored form of a float32, rounded to nearest even."""
+    """The stored form of a float32 or a vector of them, rounded to nearest even."""
+    word, short = like(INT32, value.type), like(INT16, value.type)
+    if tag == types.uint16 and ROUNDS and word is not INT32:
+        return builder.bitcast(builder.fptrunc(value, like(BFloat(), value.type)), short)
     if tag == types.uint16:
-        bits = builder.bitcast(value, INT32)
-        odd = builder.and_(builder.lshr(bits, splat(INT32, 16)), splat(INT32, 1))
-        rounded = builder.add(bits, builder.add(odd, splat(INT32, 0x7FFF)))
-        size = builder.and_(bits, splat(INT32, 0x7FFFFFFF))
-        is_nan = builder.icmp_unsigned(">", size, splat(INT32, 0x7F800000))
-        rounded = builder.select(is_nan, splat(INT32, 0x7FC00000), rounded)
-        return builder.trunc(builder.lshr(rounded, splat(INT32, 16)), INT16)
+        bits = builder.bitcast(value, word)
+        odd = builder.and_(builder.lshr(bits, splat(word, 16)), splat(word, 1))
+        rounded = builder.add(bits, builder.add(odd, splat(word, 0x7FFF)))
+        size = builder.and_(bits, splat(word, 0x7FFFFFFF))
+        is_nan = builder.icmp_unsigned(">", size, splat(word, 0x7F800000))
+        rounded = builder.select(is_nan, splat(word, 0x7FC00000), rounded)
+        return builder.trunc(builder.lshr(rounded, splat(word, 16)), short)
     if tag == types.int16:
-        return builder.bitcast(builder.fptrunc(value, HALF), INT16)
+        return builder.bitcast(builder.fptrunc(value, like(HALF, value.type)), short)
     return value
 
 
