@@ -16,6 +16,7 @@ from taut.graph import Graph
 from taut.ops._weights import GROUP, quantize
 from taut.runtime.engine import Engine
 from taut.runtime.lower import CannotLower, lower
+from taut.runtime.placed import gpu
 from taut.runtime.steps import Weight
 
 WINDOW = 2048
@@ -44,16 +45,18 @@ def compile(
 ) -> Engine:
     """Compile a causal model into an engine that decodes at the speed of memory.
 
-    `model` is a directory, a hub id or an nn.Module. Weights stay as they are stored (`weights` None), or become
-    "fp32", "bf16", "fp16", "int8" (a scale a row) or "int4" (groups of 32); activations are float32. Raises BadInput
-    with the cause and the cure: for what is no model, a step that cannot be exported or lowered, and what does not fit.
+    `model` is a directory, a hub id or an nn.Module; `device` is "cpu" or "cuda". Weights stay as they are stored
+    (`weights` None), or become "fp32", "bf16", "fp16" or, on a CPU, "int8" (a scale a row) or "int4" (groups of 32).
+    Activations and caches are float32 on a CPU, of the weights' dtype on a GPU. Raises BadInput with the cause and the
+    cure: for what is no model, a device that cannot be used, a step that cannot be exported or lowered, and what does
+    not fit.
     """
     if device != "cpu":
-        raise BadInput(f"no engine for device {device!r}", 'take device="cpu"')
+        gpu(device)
     convert = converter(weights)
     tell = progress or (lambda what: None)
     if isinstance(model, nn.Module):
-        graph, stop = _module_graph(model, max_length, tell)
+        graph, stop = _module_graph(model, max_length, device, tell)
     else:
         from taut.runtime.stored import checkpoint_graph
 
@@ -63,8 +66,8 @@ def compile(
         program = lower(graph, convert)
     except CannotLower as error:
         raise CannotCompile(f"the model's step cannot be lowered: {error}", "generate with transformers") from error
-    engine = Engine(program, max_batch, cache_dtype, stop)
-    tell("compiling the interpreter, which is kept")
+    engine = Engine(program, max_batch, cache_dtype, stop, device)
+    tell("compiling the interpreter, which is kept" if device == "cpu" else "compiling kernels, which are kept")
     engine.prefill([0])
     engine.reset()
     return engine
@@ -119,7 +122,9 @@ def step_graph(model: nn.Module, max_length: int) -> Graph:
         raise CannotCompile(cause, "generate with transformers, and report the class and this message") from error
 
 
-def _module_graph(model: nn.Module, max_length: int | None, tell: Progress) -> tuple[Graph, frozenset[int]]:
+def _module_graph(
+    model: nn.Module, max_length: int | None, device: str, tell: Progress
+) -> tuple[Graph, frozenset[int]]:
     from taut.runtime.prepare import prepared
 
     config: Any = getattr(model, "config", None)
@@ -131,9 +136,14 @@ def _module_graph(model: nn.Module, max_length: int | None, tell: Progress) -> t
     graph = step_graph(model if plain else _on_meta(model), length)
     if not plain:
         own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-        bind(graph, {name: tensor.detach().cpu() for name, tensor in own.items()})
+        bind(graph, {name: _held(tensor.detach(), device) for name, tensor in own.items()})
     tell("fusing")
     return prepared(graph), stop_tokens(getattr(model, "generation_config", None), config)
+
+
+def _held(tensor: Tensor, device: str) -> Tensor:
+    """Where lowering reads a tensor: matrices stay on the GPU that decodes, all else goes to the CPU."""
+    return tensor if tensor.ndim > 1 and tensor.device.type == torch.device(device).type else tensor.cpu()
 
 
 def _on_meta(model: nn.Module) -> nn.Module:

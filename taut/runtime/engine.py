@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +14,10 @@ from taut.ops.sample import sample
 from taut.runtime.prompt import PromptRunner
 from taut.runtime.runner import Runner
 from taut.runtime.steps import Program, Torch
+
+if TYPE_CHECKING:
+    from taut.runtime.cuda import CudaRunner
+    from taut.runtime.plain import PlainRunner
 
 CHUNK = 512
 """Tokens of a prompt that are run at once."""
@@ -42,7 +47,8 @@ class Sampling:
 class Engine:
     """A program with its caches. `lengths[slot]` tokens stand in a slot.
 
-    Attributes: `program`, `max_length` (positions a slot), `max_batch` (slots), `stop` (tokens that end a text).
+    Attributes: `program`, `max_length` (positions a slot), `max_batch` (slots), `stop` (tokens that end a text),
+    `device` (where the caches are, and the logits).
     """
 
     def __init__(
@@ -51,10 +57,11 @@ class Engine:
         max_batch: int = 1,
         cache_dtype: torch.dtype | None = None,
         stop: Iterable[int] = (),
+        device: str = "cpu",
     ) -> None:
         self.program, self.max_length, self.max_batch = program, program.max_length, max_batch
-        self.runner = Runner(program, max_batch, cache_dtype)
-        self.many = PromptRunner(program, self.runner.caches)
+        self.runner, self.many = _runners(program, max_batch, cache_dtype, device)
+        self.device = self.many.caches[0][0].device
         self.lengths = [0] * max_batch
         self.stop = frozenset(stop)
 
@@ -77,7 +84,8 @@ class Engine:
     def _run(self, tokens: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
         """The last row's logits."""
         if len(tokens) > FEW:
-            return self.many.run(tokens, positions, slots, torch.tensor([len(tokens) - 1]))[-1]
+            given = (t.to(self.device) for t in (tokens, positions, slots, torch.tensor([len(tokens) - 1])))
+            return self.many.run(*given)[-1].float()
         for i in range(len(tokens) - 1):
             self.runner.run(tokens[i : i + 1], positions[i : i + 1], slots[i : i + 1])
         return self.runner.run(tokens[-1:], positions[-1:], slots[-1:])[-1].clone()
@@ -87,18 +95,31 @@ class Engine:
 
         The next call overwrites them. Raises BadInput for ids out of range and slots that are full or given twice.
         """
-        places = list(range(len(tokens))) if slots is None else list(slots)
+        rows = self._rows(tokens, list(range(len(tokens))) if slots is None else list(slots))
+        logits = self.runner.run(*rows)
+        self._grow(rows[2])
+        return logits
+
+    def _follow(self, tokens: Ids, slots: Sequence[int], how: Sampling) -> list[int]:
+        """The same, and a token drawn for each row."""
+        rows = self._rows(tokens, list(slots))
+        drawn = self.runner.draw(*rows, how)
+        self._grow(rows[2])
+        return drawn
+
+    def _rows(self, tokens: Ids, places: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, positions and slots of a step."""
         if len(tokens) > self.max_batch or len(tokens) != len(places) or len(set(places)) < len(places):
             cause = f"{len(tokens)} tokens for slots {places}, where {self.max_batch} slots are"
             raise BadInput(cause, "give each slot one token, or compile with a larger max_batch")
         rows = torch.tensor(
             [self._checked(token[None], slot)[0] for token, slot in zip(_long(tokens), places, strict=True)]
         )
-        positions = torch.tensor([self.lengths[slot] for slot in places])
-        logits = self.runner.run(rows, positions, torch.tensor(places))
-        for slot in places:
+        return rows, torch.tensor([self.lengths[slot] for slot in places]), torch.tensor(places)
+
+    def _grow(self, slots: Tensor) -> None:
+        for slot in slots.tolist():
             self.lengths[slot] += 1
-        return logits
 
     def reset(self, slot: int | None = None) -> None:
         """Forget the sequence in a slot, or in all of them."""
@@ -140,9 +161,8 @@ class Engine:
             return
         logits = torch.stack([self.prefill(prompt, slot) for slot, prompt in enumerate(prompts)])
         live = list(range(len(prompts)))
+        drawn = how.draw(logits, torch.tensor(live), torch.tensor(self.lengths[: len(live)])).tolist()
         for count in range(1, most + 1):
-            places = torch.tensor(live)
-            drawn = how.draw(logits, places, torch.tensor([self.lengths[slot] for slot in live])).tolist()
             step = {slot: token for slot, token in zip(live, drawn, strict=True) if token not in stop}
             if not step:
                 return
@@ -150,7 +170,7 @@ class Engine:
             live = [slot for slot in step if self.lengths[slot] < self.max_length]
             if count == most or not live:
                 return
-            logits = self.decode([step[slot] for slot in live], live)
+            drawn = self._follow([step[slot] for slot in live], live, how)
 
     def bytes_a_step(self) -> int:
         """Bytes of weights and caches that the next step of all slots in use reads."""
@@ -181,6 +201,20 @@ class Engine:
             cause = f"{len(tokens)} tokens, where {max(room, 0)} more fit into a window of {self.max_length}"
             raise BadInput(cause, "shorten the prompt, or compile with a larger max_length")
         return tokens
+
+
+def _runners(
+    program: Program, max_batch: int, cache_dtype: torch.dtype | None, device: str
+) -> tuple[Runner | CudaRunner, PlainRunner]:
+    """What runs one token of each sequence, and what runs many of one, over the same caches."""
+    if device == "cpu":
+        runner = Runner(program, max_batch, cache_dtype)
+        return runner, PromptRunner(program, runner.caches)
+    from taut.runtime.cuda import CudaRunner, LongRunner
+    from taut.runtime.placed import gpu
+
+    runner = CudaRunner(program, max_batch, cache_dtype, gpu(device))
+    return runner, LongRunner(runner.program, runner.caches, runner.dtype)
 
 
 def _is_batch(ids: Sequence) -> bool:

@@ -12,8 +12,6 @@ from torch import Tensor, fx
 
 from taut.graph import call, shape
 
-CPU = torch.device("cpu")
-
 
 @dataclass(frozen=True, eq=False)
 class Piece:
@@ -41,7 +39,7 @@ class Piece:
             dtype = value.dtype if wanted.is_floating_point() else wanted.dtype
             env[node] = value.reshape(wanted.shape).to(dtype)
         for node in self.nodes:
-            env[node] = call(node, env.__getitem__, CPU)
+            env[node] = call(node, env.__getitem__, row[0].device)
         return tuple(env[out].reshape(-1).to(row[0].dtype) for out in self.outs)
 
 

@@ -108,7 +108,7 @@ class PlainRunner:
         return dequantize(weight.data, weight.scale, self.dtype)
 
     def _embed(self, step: Embed, tokens: Tensor, positions: Tensor) -> Tensor:
-        y = torch.zeros((), dtype=self.dtype)
+        y = torch.zeros((), dtype=self.dtype, device=tokens.device)
         if step.table is not None:
             scale = None if step.table.scale is None else step.table.scale[tokens]
             y = dequantize(step.table.data[tokens], scale, self.dtype) * step.scale
@@ -162,11 +162,11 @@ class PlainRunner:
         q = q.transpose(0, 1)[None]
         past = [t[None, :, :end].to(self.dtype) for t in (keys, values)]
         sinks = None if step.sinks is None else step.sinks.to(self.dtype)
-        in_a_row = torch.equal(positions, torch.arange(end - len(positions), end))
+        key = torch.arange(end, device=q.device)
+        in_a_row = torch.equal(positions, key[end - len(positions) :])
         if in_a_row and step.first is None and step.alibi is None:
             y = attention(q, *past, None, step.scale, True, step.softcap, None, sinks)
             return y[0].transpose(0, 1).flatten(1)
-        key = torch.arange(end)
         first = torch.zeros_like(positions) if step.first is None else step.first[positions]
         mask = (key <= positions[:, None]) & (key >= first[:, None])
         if step.alibi is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from taut.op import nbytes
 from taut.runtime._numba.interpreter import run
 from taut.runtime.packing import Packer, Segment
 from taut.runtime.steps import Attend, Embed, Glu, Linear, Program, Torch, View, Weight
+
+if TYPE_CHECKING:
+    from taut.runtime.engine import Sampling
 
 CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -54,6 +58,10 @@ class Runner:
             else:
                 self._torch(segment, rows)
         return self.logits[:rows]
+
+    def draw(self, tokens: Tensor, positions: Tensor, slots: Tensor, how: Sampling) -> list[int]:
+        """The same, and the token that follows in each row; the row of slot i draws from stream i."""
+        return how.draw(self.run(tokens, positions, slots), slots, positions + 1).tolist()
 
     def write(self, layer: int, slot: int, start: int, keys: Tensor, values: Tensor) -> None:
         """Put keys (kv_heads, n, d) and values (kv_heads, n, dv) of positions from `start` on into a slot."""

@@ -79,6 +79,6 @@ class Tables:
     def _placed(self, node: fx.Node) -> Tensor:
         name = node.meta["tensor"]
         if node.meta["kind"] == "buffer":
-            return self.graph.tensors[name]
-        value = self.graph.evaluate(name, None)
+            return self.graph.tensors[name].cpu()
+        value = self.graph.evaluate(name, None).cpu()
         return value.float() if value.is_floating_point() else value

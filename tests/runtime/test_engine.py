@@ -128,7 +128,7 @@ def test_bad_input_is_refused_with_a_cure(engine, call, cause):
         ({"max_batch": 10**9}, "GiB are free"),
         ({"cache_dtype": torch.float8_e4m3fn}, "float8"),
         ({"weights": "int3"}, "int3"),
-        ({"device": "cuda"}, "cuda"),
+        ({"device": "tpu"}, "tpu"),
     ],
 )
 def test_what_cannot_be_compiled_is_refused(demo, options, cause):

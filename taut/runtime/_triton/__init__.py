@@ -1,0 +1,1 @@
+"""Triton kernels of the decode step: the words of `taut.runtime.steps` on a GPU."""

@@ -1,0 +1,259 @@
+"""Attention of one new token a row: heads normed and turned, key and value appended, and all keys that it may see.
+
+Each program has the query heads of one key head, and a stretch of the keys; stretches are of equal length, at least
+`least` keys, so that a short text needs one and no joining. Keys that stood in the cache before this token are loaded
+before the kernel before this one has ended. Whoever finishes last joins the stretches in the order of the keys, so
+that the bits are the same in every run, and leaves the counter as it was. The position is read on the device: a CUDA
+graph may be replayed.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from taut.runtime._triton.dense import tanh
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def turned(
+    base,
+    feature,
+    live,
+    gain,
+    shift,
+    eps,
+    cos,
+    sin,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    NORM: tl.constexpr,
+    CENTRED: tl.constexpr,
+):
+    """Heads at base[:, None] + feature[None, :], normed each by itself, and their first 2 HALF features turned."""
+    x = tl.load(base[:, None] + feature[None, :], mask=live, other=0).to(tl.float32)
+    mean = tl.zeros([base.shape[0]], tl.float32)
+    inv = tl.full([base.shape[0]], 1.0, tl.float32)
+    if NORM:
+        if CENTRED:
+            mean = tl.sum(x, 1) / D
+        left = tl.where(live, x - mean[:, None], 0.0)
+        inv = tl.rsqrt(tl.sum(left * left, 1) / D + eps)
+        x = normed(x, mean, inv, gain, shift, feature, D)
+    if HALF > 0:
+        if INTERLEAVED:
+            partner, angle, low = feature ^ 1, feature // 2, feature % 2 == 0
+        else:
+            low = feature < HALF
+            partner, angle = tl.where(low, feature + HALF, feature - HALF), tl.where(low, feature, feature - HALF)
+        turns = feature < 2 * HALF
+        p = tl.load(base[:, None] + partner[None, :], mask=live & turns[None, :], other=0).to(tl.float32)
+        if NORM:
+            p = normed(p, mean, inv, gain, shift, tl.where(turns, partner, 0), D)
+        c = tl.load(cos + angle, mask=turns, other=1)[None, :]
+        s = tl.load(sin + angle, mask=turns, other=0)[None, :]
+        x = x * c + tl.where(low[None, :], -p, p) * s
+    return x
+
+
+@triton.jit
+def normed(x, mean, inv, gain, shift, feature, D: tl.constexpr):
+    y = (x - mean[:, None]) * inv[:, None]
+    if gain is not None:
+        y *= tl.load(gain + feature, mask=feature < D, other=0)[None, :]
+    if shift is not None:
+        y += tl.load(shift + feature, mask=feature < D, other=0)[None, :]
+    return y
+
+
+@triton.jit
+def attend(
+    q,
+    k,
+    v,
+    keys,
+    values,
+    positions,
+    slots,
+    cos,
+    sin,
+    q_gain,
+    q_shift,
+    k_gain,
+    k_shift,
+    first,
+    alibi,
+    sinks,
+    scratch,
+    counters,
+    y,
+    q_stride,
+    k_stride,
+    v_stride,
+    y_stride,
+    key_slot,
+    key_head,
+    value_slot,
+    value_head,
+    scale,
+    cap,
+    q_eps,
+    k_eps,
+    least,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DV: tl.constexpr,
+    VWIDTH: tl.constexpr,
+    HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    Q_NORM: tl.constexpr,
+    Q_CENTRED: tl.constexpr,
+    K_NORM: tl.constexpr,
+    K_CENTRED: tl.constexpr,
+    CAP: tl.constexpr,
+    KEYS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PARTS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (rows, key heads, SPLITS). GROUP query heads a key head; ROWS, WIDTH and VWIDTH are GROUP, D and DV rounded
+    up. Without `k` nothing is appended. `scratch` is float32 [rows, key heads, SPLITS, GROUP, DV + 2]: sums, greatest
+    score and sum of weights of a stretch; `counters` int32 [rows, key heads], zeros."""
+    row, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    position, slot = tl.load(positions + row).to(tl.int32), tl.load(slots + row)
+    lowest = 0
+    if first is not None:
+        lowest = tl.load(first + position).to(tl.int32)
+    seen = position + 1 - lowest
+    stretch = tl.cdiv(tl.maximum(tl.cdiv(seen, SPLITS), least), KEYS) * KEYS
+    parts = tl.cdiv(seen, stretch)
+    begin = lowest + part * stretch
+    end = tl.minimum(begin + stretch, position + 1)
+    member, feature, value = tl.arange(0, ROWS), tl.arange(0, WIDTH), tl.arange(0, VWIDTH)
+    k_base = keys + slot * key_slot + head * key_head
+    v_base = values + slot * value_slot + head * value_head
+    cached = end
+    if k is not None:  # the token's own key and value do not come from the cache
+        cached = tl.minimum(end, position)
+    if PDL:
+        gdc_launch_dependents()
+        if k is None:  # what is read was appended by an attention before this one
+            gdc_wait()
+    at = begin + tl.arange(0, KEYS)
+    block = tile(k_base, at, cached, feature, D)
+    held = tile(v_base, at, cached, value, DV)
+    if PDL and k is not None:
+        gdc_wait()
+    if part < parts:
+        if HALF > 0:
+            cos += position * HALF
+            sin += position * HALF
+        heads = head * GROUP + member
+        fits = (member < GROUP)[:, None] & (feature < D)[None, :]
+        query = turned(
+            q + row.to(tl.int64) * q_stride + heads * D, feature, fits, q_gain, q_shift, q_eps, cos, sin, D, HALF,
+            INTERLEAVED, Q_NORM, Q_CENTRED
+        ).to(block.dtype)  # fmt: skip
+        if k is not None and part == parts - 1:
+            base = row.to(tl.int64) * k_stride + head * D + tl.arange(0, 1)
+            fits = (tl.arange(0, 1) == 0)[:, None] & (feature < D)[None, :]
+            key = turned(
+                k + base, feature, fits, k_gain, k_shift, k_eps, cos, sin, D, HALF, INTERLEAVED, K_NORM, K_CENTRED
+            ).to(block.dtype)  # fmt: skip
+            new = tl.load(v + row.to(tl.int64) * v_stride + head * DV + value, mask=value < DV, other=0)[None, :]
+            new = new.to(held.dtype)
+            place = position.to(tl.int64)
+            tl.store(k_base + place * D + feature[None, :], key, mask=(feature < D)[None, :])
+            tl.store(v_base + place * DV + value[None, :], new, mask=(value < DV)[None, :])
+        else:
+            key = tl.zeros([1, WIDTH], block.dtype)
+            new = tl.zeros([1, VWIDTH], held.dtype)
+        greatest = tl.full([ROWS], float("-inf"), tl.float32)
+        weight = tl.zeros([ROWS], tl.float32)
+        sums = tl.zeros([ROWS, VWIDTH], tl.float32)
+        if alibi is not None:
+            slope = tl.load(alibi + heads, mask=member < GROUP, other=0)
+        for start in range(begin, end, KEYS):
+            at = start + tl.arange(0, KEYS)
+            if k is not None:
+                own = (at == position)[:, None]
+                block = tl.where(own, key, block)
+                held = tl.where(own, new, held)
+            scores = tl.dot(query, block.T, input_precision="ieee") * scale
+            held_now = held
+            block = tile(k_base, at + KEYS, cached, feature, D)
+            held = tile(v_base, at + KEYS, cached, value, DV)
+            if CAP:
+                scores = cap * tanh(scores / cap)
+            if alibi is not None:
+                scores -= slope[:, None] * (position - at).to(tl.float32)[None, :]
+            scores = tl.where((at < end)[None, :], scores * LOG2E, float("-inf"))
+            higher = tl.maximum(greatest, tl.max(scores, 1))
+            shrink = tl.exp2(greatest - higher)
+            p = tl.exp2(scores - higher[:, None])
+            weight = weight * shrink + tl.sum(p, 1)
+            sums = tl.dot(p.to(held_now.dtype), held_now, sums * shrink[:, None], input_precision="ieee")
+            greatest = higher
+        out = y + row.to(tl.int64) * y_stride + (head * GROUP) * DV
+        fits = (member < GROUP)[:, None] & (value < DV)[None, :]
+        if parts == 1:
+            if sinks is not None:
+                sink = tl.load(sinks + heads, mask=member < GROUP, other=0) * LOG2E
+                higher = tl.maximum(greatest, sink)
+                shrink = tl.exp2(greatest - higher)
+                sums *= shrink[:, None]
+                weight = weight * shrink + tl.exp2(sink - higher)
+            to = out + member[:, None] * DV + value[None, :]
+            tl.store(to, (sums / weight[:, None]).to(y.dtype.element_ty), mask=fits)
+        else:
+            pair = row * tl.num_programs(1) + head
+            scratch += pair.to(tl.int64) * SPLITS * GROUP * (DV + 2)
+            to = scratch + (part * GROUP + member) * (DV + 2)
+            tl.store(to[:, None] + value[None, :], sums, mask=fits)
+            tl.store(to + DV, greatest, mask=member < GROUP)
+            tl.store(to + DV + 1, weight, mask=member < GROUP)
+            tl.debug_barrier()  # all of this program's stores come before its arrival
+            if tl.atomic_add(counters + pair, 1, sem="acq_rel") == parts - 1:
+                tl.store(counters + pair, 0)
+                for i in range(GROUP):
+                    own = scratch + i * (DV + 2)
+                    joined(own, sinks, head * GROUP + i, out + i * DV, parts, GROUP * (DV + 2), DV, VWIDTH, PARTS)
+
+
+@triton.jit
+def tile(base, at, end, feature, D: tl.constexpr):
+    """Rows `at` below `end` of D features each; zeros elsewhere."""
+    mask = (at < end)[:, None] & (feature < D)[None, :]
+    return tl.load(base + at[:, None].to(tl.int64) * D + feature[None, :], mask=mask, other=0)
+
+
+@triton.jit
+def joined(scratch, sinks, head, out, parts, step, DV: tl.constexpr, VWIDTH: tl.constexpr, PARTS: tl.constexpr):
+    """Join the stretches of one query head, `step` apart, PARTS at a time in the order of the keys."""
+    value = tl.arange(0, VWIDTH)
+    greatest = tl.full([], float("-inf"), tl.float32)
+    weight = tl.full([], 0.0, tl.float32)
+    if sinks is not None:
+        greatest = tl.load(sinks + head).to(tl.float32) * LOG2E
+        weight += 1.0
+    sums = tl.zeros([VWIDTH], tl.float32)
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)
+        live = part < parts
+        place = scratch + part * step
+        high = tl.load(place + DV, mask=live, other=float("-inf"), cache_modifier=".cg")
+        portion = tl.load(place + DV + 1, mask=live, other=0, cache_modifier=".cg")
+        both = live[:, None] & (value < DV)[None, :]
+        found = tl.load(place[:, None] + value[None, :], mask=both, other=0, cache_modifier=".cg")
+        higher = tl.maximum(greatest, tl.max(high, 0))
+        shrink, factor = tl.exp2(greatest - higher), tl.exp2(high - higher)
+        weight = weight * shrink + tl.sum(portion * factor, 0)
+        sums = sums * shrink + tl.sum(found * factor[:, None], 0)
+        greatest = higher
+    tl.store(out + value, (sums / weight).to(out.dtype.element_ty), mask=value < DV)

@@ -1,0 +1,173 @@
+"""How the words of a program call their kernels: the tensors of one step, of as many rows as they have."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from taut.ops._triton.launch import Config
+from taut.runtime._triton import attend as attending
+from taut.runtime._triton import dense, place
+from taut.runtime.steps import Attend, Norm
+
+FULL, RMS, PLAIN = (kind.value for kind in (dense.FULL, dense.RMS, dense.PLAIN))
+
+
+class After(NamedTuple):
+    """What follows a product: biases of it and of the gate's partner, activation, scale, cap, and what is added."""
+
+    bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    activation: str = "identity"
+    scale: float = 1.0
+    cap: float | None = None
+    residual: Tensor | None = None
+
+
+class Reach(NamedTuple):
+    """Keys a tile, most stretches of a sequence, least keys of one, warps."""
+
+    keys: int = 64
+    splits: int = 16
+    least: int = 256
+    warps: int = 4
+
+
+def options(config: Config, pdl: bool) -> dict[str, int | bool]:
+    return {"num_warps": config.warps, "num_stages": config.stages} | ({"launch_pdl": True} if pdl else {})
+
+
+def one(
+    x: Tensor, weight: Tensor, up: Tensor | None, y: Tensor, norm: Norm | None, after: After, config: Config, pdl: bool
+) -> None:
+    """y = what follows the product of norm(x), a row [k], with weight [n, k]; with `up`, gated by it."""
+    n, k = weight.shape
+    kind, gain, shift, centred = _norm(norm)
+    dense.one[(triton.cdiv(n, config.outputs),)](
+        *(x, weight, up, gain, shift, after.bias, after.up_bias, after.residual, y, n, k, weight.stride(0)),
+        *(0 if up is None else up.stride(0), norm.eps if norm else 0.0, after.scale, after.cap or 1.0),
+        *(config.ahead if _even(weight) and (up is None or _even(up)) else 0, kind, centred, after.activation),
+        *(after.cap is not None, config.outputs, config.inputs, k <= config.inputs, pdl),
+        **options(config, pdl),
+    )
+
+
+def many(
+    x: Tensor, weight: Tensor, up: Tensor | None, y: Tensor, norm: Norm | None, after: After, config: Config, pdl: bool
+) -> None:
+    """The same of rows: x [rows, k], y [rows, n]; the norm has neither gain nor shift and is not centred."""
+    (rows, k), n = x.shape, len(weight)
+    tma = all(_even(t) for t in (x, weight, up) if t is not None) and x.dtype == weight.dtype
+    split, parts = min(config.split, triton.cdiv(k, config.inputs)), 1 if up is None else 2
+    room = (parts * n + 1) * rows * split if split > 1 else 0
+    partial = torch.empty(room, dtype=torch.float32, device=x.device) if room else None
+    source = lambda t, size: TensorDescriptor.from_tensor(t, [size, config.inputs]) if tma else t  # noqa: E731
+    residual, kind = after.residual, RMS if norm else PLAIN
+    strides = 0 if residual is None else residual.stride(0), y.stride(0)
+    numbers = norm.eps if norm else 0.0, after.scale, after.cap or 1.0
+    dense.many[(triton.cdiv(n, config.outputs), triton.cdiv(rows, config.tokens), split)](
+        *(source(x, config.tokens), source(weight, config.outputs)),
+        *(None if up is None else source(up, config.outputs), after.bias, after.up_bias, residual, y, partial),
+        *(weight, up, rows, n, k, x.stride(0), weight.stride(0), 0 if up is None else up.stride(0), *strides),
+        *(*numbers, config.ahead, kind, after.activation, after.cap is not None),
+        *(config.outputs, config.tokens, config.inputs, split, tma, pdl),
+        **options(config, pdl),
+    )
+    if split > 1:
+        dense.join[(triton.cdiv(n, 512), rows)](
+            *(partial, after.bias, after.up_bias, residual, y, rows, n, k, *strides, *numbers),
+            *(kind, after.activation, after.cap is not None, up is not None, split, 512, pdl),
+            **options(Config(0, 0, 0), pdl),
+        )
+
+
+def attend(
+    step: Attend,
+    rows: tuple[Tensor, Tensor | None, Tensor | None, Tensor],
+    caches: tuple[Tensor, Tensor],
+    positions: Tensor,
+    slots: Tensor,
+    scratch: tuple[Tensor, Tensor],
+    reach: Reach,
+    pdl: bool,
+) -> None:
+    """`rows` are q, k, v and out [rows, features]; `scratch` the room for stretches and the counters, zeros."""
+    (q, k, v, y), (keys, values), rotary = rows, caches, step.rotary
+    (q_kind, *q_norm, q_centred), (k_kind, *k_norm, k_centred) = _norm(step.q_norm), _norm(step.k_norm)
+    group, up = step.heads // step.kv_heads, triton.next_power_of_2
+    half, interleaved = (0, False) if rotary is None else (rotary.cos.shape[1], rotary.interleaved)
+    stride = lambda t: 0 if t is None else t.stride(0)  # noqa: E731
+    attending.attend[(len(y), step.kv_heads, reach.splits)](
+        *(q, k, v, keys, values, positions, slots, *((None, None) if rotary is None else (rotary.cos, rotary.sin))),
+        *(*q_norm, *k_norm, step.first, step.alibi, step.sinks, *scratch, y),
+        *(stride(q), stride(k), stride(v), stride(y), *keys.stride()[:2], *values.stride()[:2], step.scale),
+        *(step.softcap or 1.0, step.q_norm.eps if step.q_norm else 0.0, step.k_norm.eps if step.k_norm else 0.0),
+        *(reach.least, group, up(max(group, 16)), step.d, up(max(step.d, 16)), step.dv, up(max(step.dv, 16)), half),
+        *(interleaved, q_kind != PLAIN, q_centred, k_kind != PLAIN, k_centred, step.softcap is not None),
+        *(reach.keys, reach.splits, min(16, up(reach.splits)), pdl),
+        **options(Config(0, 0, 0, warps=reach.warps), pdl),
+    )
+
+
+def embed(
+    table: Tensor | None, learned: Tensor | None, tokens: Tensor, positions: Tensor, y: Tensor, offset: int,
+    scale: float, pdl: bool,
+) -> None:  # fmt: skip
+    rows, n = y.shape
+    strides = (0 if table is None else table.stride(0)), (0 if learned is None else learned.stride(0)), y.stride(0)
+    place.embed[(triton.cdiv(n, 1024), rows)](
+        *(table, learned, tokens, positions, y, n, *strides, offset, scale, 1024, pdl), **options(Config(0, 0, 0), pdl)
+    )
+
+
+def normalize(x: Tensor, norm: Norm, residual: Tensor | None, y: Tensor, pdl: bool) -> None:
+    rows, k = x.shape
+    _, gain, shift, centred = _norm(norm)
+    block = min(4096, triton.next_power_of_2(k))
+    place.normalize[(rows,)](
+        *(x, gain, shift, residual, y, k, x.stride(0), 0 if residual is None else residual.stride(0), y.stride(0)),
+        *(norm.eps, centred, block, pdl),
+        **options(Config(0, 0, 0), pdl),
+    )
+
+
+def combine(a: Tensor, b: Tensor | None, y: Tensor, scale: float, b_scale: float, product: bool, pdl: bool) -> None:
+    rows, n = y.shape
+    place.combine[(triton.cdiv(n, 1024), rows)](
+        *(a, b, y, n, a.stride(0), 0 if b is None else b.stride(0), y.stride(0), scale, b_scale, product, 1024, pdl),
+        **options(Config(0, 0, 0), pdl),
+    )
+
+
+STRETCHES = 64
+"""Into so many parts `draw` splits a row of logits."""
+
+
+def draw(
+    logits: Tensor, best: Tensor, places: Tensor, counters: Tensor, tokens: Tensor, positions: Tensor, slots: Tensor,
+    seed: Tensor | None, heat: Tensor, pdl: bool,
+) -> None:  # fmt: skip
+    """The first of the greatest logits of each row into `tokens`, and every position one on; with a `seed` int64 on
+    the device, of logits / heat with noise. `best` is float32 and `places` int32 [rows, STRETCHES]; `counters` int32
+    [rows], zeros."""
+    rows, n = logits.shape
+    tables = logits, best, places, counters, tokens, positions, slots, seed, heat
+    sizes = n, logits.stride(0), STRETCHES, 1024, pdl
+    place.draw[(STRETCHES, rows)](*tables, *sizes, **options(Config(0, 0, 0), pdl))
+
+
+def _norm(norm: Norm | None) -> tuple[int, Tensor | None, Tensor | None, bool]:
+    """(kind, gain, shift, centred)"""
+    if norm is None:
+        return PLAIN, None, None, False
+    return FULL if norm.centred or norm.bias is not None else RMS, norm.gain, norm.bias, norm.centred
+
+
+def _even(t: Tensor) -> bool:
+    """Whether every row begins at a multiple of 16 bytes and is one, as the copy engine and the prefetch need it."""
+    unit = 16 // t.element_size()
+    return t.data_ptr() % 16 == 0 and t.stride(0) % unit == 0 and t.shape[1] % unit == 0 and t.stride(1) == 1

@@ -1,0 +1,144 @@
+"""Every word of a program as calls of Triton kernels, over buffers of one dtype, of as many rows as are asked for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from taut.ops._triton import choice
+from taut.ops._triton.launch import Config
+from taut.runtime._triton import launch
+from taut.runtime._triton.launch import After, Reach
+from taut.runtime.packing import padded, places
+from taut.runtime.steps import Attend, Combine, Embed, Glu, Linear, Normalize, Program, Step, Torch, View
+
+MANY_KEYS = 2**22
+"""Keys of a program's slots and heads from which the stretches of attention are made to fill the GPU."""
+
+
+class Kernels:
+    """A program on a device with its buffers; `rows` int64 [3, most rows] are the tokens, positions and slots."""
+
+    def __init__(self, program: Program, caches: list[tuple[Tensor, Tensor]], rows: Tensor, dtype: torch.dtype) -> None:
+        self.program, self.caches, self.given, self.device = program, caches, rows, rows.device
+        most, on_gpu = rows.shape[1], rows.device.type == "cuda"
+        self.pdl = on_gpu and torch.cuda.get_device_capability(rows.device) >= (9, 0)
+        self.processors = torch.cuda.get_device_properties(rows.device).multi_processor_count if on_gpu else 4
+        self.gpu_name = torch.cuda.get_device_name(rows.device) if on_gpu else ""
+        made = lambda *size, dtype=dtype: torch.zeros(size, dtype=dtype, device=rows.device)  # noqa: E731
+        self.places, width = places(program)
+        self.arena = made(most * width)
+        self.logits = made(most, program.widths[program.logits], dtype=torch.float32)
+        self.best = made(most, launch.STRETCHES, dtype=torch.float32)
+        self.best_at = made(most, launch.STRETCHES, dtype=torch.int32)
+        attends = [step for step in program.steps if isinstance(step, Attend)]
+        room = max((s.heads * (s.dv + 2) for s in attends), default=0) * self.splits_of_all(most, attends)
+        self.scratch = made(room, dtype=torch.float32)
+        counters = max((most * s.kv_heads for s in attends), default=0)
+        self.counters = made(counters + most, dtype=torch.int32)
+
+    def play(self, rows: int) -> None:
+        """One step of the first rows given."""
+        for step in self.program.steps:
+            self._step(step, rows)
+
+    def draw(self, rows: int, seed: Tensor | None, heat: Tensor) -> None:
+        """Each row's token by its logits, the likeliest or, with a seed, drawn; and its position one on."""
+        counters = self.counters[len(self.counters) - self.given.shape[1] :]
+        tables = self.logits[:rows], self.best, self.best_at, counters
+        launch.draw(*tables, *self.given, seed, heat, self.pdl)
+
+    def _step(self, step: Step, rows: int) -> None:
+        def view(place: View | None) -> Tensor | None:
+            return None if place is None else self.buffer(place.buffer, rows)[:, place.start : place.stop]
+
+        tokens, positions, slots = self.given
+        match step:
+            case Embed():
+                table, learned = (None if w is None else w.data for w in (step.table, step.positions))
+                out = self.buffer(step.out, rows)
+                launch.embed(table, learned, tokens, positions, out, step.offset, step.scale, self.pdl)
+            case Normalize():
+                x, residual = self._view(step.x, rows), view(step.residual)
+                launch.normalize(x, step.norm, residual, self.buffer(step.out, rows), self.pdl)
+            case Linear():
+                after = After(
+                    step.bias, None, step.activation or "identity", step.scale, step.softcap, view(step.residual)
+                )
+                self._product(step, (step.weight.data, None), after, rows)
+            case Glu():
+                after = After(step.gate_bias, step.up_bias, step.activation)
+                self._product(step, (step.gate.data, step.up.data), after, rows)
+            case Combine():
+                a, b, out = self._view(step.a, rows), view(step.b), self.buffer(step.out, rows)
+                launch.combine(a, b, out, step.scale, step.b_scale, step.product, self.pdl)
+            case Attend():
+                q, out = self._view(step.q, rows), self.buffer(step.out, rows)
+                scratch, reach = (self.scratch, self.counters), self.reach(step, rows)
+                where = (q, view(step.k), view(step.v), out), self.caches[step.layer], positions, slots
+                launch.attend(step, *where, scratch, reach, self.pdl)
+            case Torch():
+                found = step.run(*(self._view(place, rows).float() for place in step.inputs))
+                for name, value in zip(step.outs, found, strict=True):
+                    self.buffer(name, rows).copy_(value)
+
+    def _product(self, step: Linear | Glu, weights: tuple[Tensor, Tensor | None], after: After, rows: int) -> None:
+        x, out, norm = self._view(step.x, rows), self.buffer(step.out, rows), step.norm
+        config = self.config(weights, rows)
+        if rows == 1:
+            launch.one(x, *weights, out, norm, after, config, self.pdl)
+            return
+        if norm is not None and (norm.gain is not None or norm.bias is not None or norm.centred):
+            normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            launch.normalize(x, norm, None, normed, self.pdl)
+            x, norm = normed, None
+        launch.many(x, *weights, out, norm, after, config, self.pdl)
+
+    def config(self, weights: tuple[Tensor, Tensor | None], rows: int) -> Config:
+        """Tile sizes of a product: the measured ones of this GPU, or some that do."""
+        n, k = weights[0].shape
+        if rows == 1:
+            return one_row(n, k, weights[1] is not None)
+        found = choice.choose("linear" if weights[1] is None else "glu", rows, n, k, self.gpu_name)
+        return found if isinstance(found, Config) else some_rows(rows, n, k)
+
+    def reach(self, step: Attend, rows: int) -> Reach:
+        """Into how many stretches keys are split: so many that short texts need one, and long ones fill the GPU."""
+        return Reach(splits=self.splits(rows * step.kv_heads))
+
+    def splits(self, pairs: int) -> int:
+        """Stretches of each of so many pairs of a row and a key head."""
+        longest = -(-self.program.max_length // Reach().least)
+        return max(1, min(longest, -(-2 * self.processors // pairs)))
+
+    def splits_of_all(self, most: int, attends: list[Attend]) -> int:
+        """Stretches of all rows, at the most, of any attention and any number of rows."""
+        each = (rows * self.splits(rows * s.kv_heads) for s in attends for rows in range(1, most + 1))
+        return max(each, default=0)
+
+    def buffer(self, name: str, rows: int) -> Tensor:
+        """The first rows of a buffer."""
+        width = self.program.widths[name]
+        if name == self.program.logits:
+            return self.logits[:rows]
+        step, most = padded(width), self.given.shape[1]
+        return self.arena[self.places[name] * most :][: step * most].view(most, step)[:rows, :width]
+
+    def _view(self, place: View, rows: int) -> Tensor:
+        return self.buffer(place.buffer, rows)[:, place.start : place.stop]
+
+
+def one_row(n: int, k: int, gated: bool) -> Config:
+    """Tile sizes for one row: few outputs a program where there are few, so that all of the GPU has some."""
+    if k <= 1024:
+        return Config(2, 0, 1024, warps=2)
+    if k <= 2048 and n <= 4096:
+        return Config(2, 0, 2048, warps=4)
+    return Config(8 if not gated else 4, 0, 1024, warps=4, ahead=512)
+
+
+def some_rows(rows: int, n: int, k: int) -> Config:
+    """Tile sizes for several rows on a GPU that was not measured: the inputs split until some hundred programs run."""
+    tokens = 16 if rows <= 16 else 64
+    split = max(1, min(8, 256 // -(-n // 64), k // 256))
+    return Config(64, tokens, 64, split, 3, 4, 128)
