@@ -204,12 +204,14 @@ def apply(
     revision: str | None = None,
     trust_remote_code: bool = False,
     dtype: str | None = None,
+    text: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Any:
     """Rewrite a model. An nn.Module gives a new module, a checkpoint is written to `out` and gives Applied.
 
-    Raises BadInput or BadPlan for what cannot be used, and NotProved (with the evidence) where the proof fails; then
-    nothing is written.
+    With `verify` it is proved on the full-size model too, and a lossy rewrite is measured on `text`, a file. Raises
+    BadInput or BadPlan for what cannot be used, and NotProved (with the evidence) where the proof fails; then nothing
+    is written.
     """
     if isinstance(model, nn.Module):
         from taut.module import apply_module
@@ -225,7 +227,8 @@ def apply(
 
     opened = open_model(model, revision, trust_remote_code, untie)
     checked_in = _dtype(dtype)
-    return apply_checkpoint(opened, Path(out), plan, only, form, outputs, verify, force, checked_in, progress)
+    said = None if text is None else Path(text)
+    return apply_checkpoint(opened, Path(out), plan, only, form, outputs, verify, force, checked_in, said, progress)
 
 
 def verify(
@@ -236,9 +239,13 @@ def verify(
     revision: str | None = None,
     trust_remote_code: bool = False,
     dtype: str | None = None,
+    text: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Evidence:
-    """Is `after` still the same model as `before`: its recorded plan is replayed on `before` and proved."""
+    """Is `after` still the same model as `before`: its recorded plan is replayed on `before` and proved.
+
+    What a lossy rewrite costs is measured on `text`, a file, by default on the one that comes with taut.
+    """
     if isinstance(before, nn.Module) and isinstance(after, nn.Module):
         from taut.module import verify_modules
 
@@ -247,7 +254,8 @@ def verify(
         raise TypeError("verify compares two modules or two checkpoints, not one of each")
     from taut.on_disk import verify_checkpoints
 
-    return verify_checkpoints(before, after, revision, trust_remote_code, _dtype(dtype), progress)
+    said = None if text is None else Path(text)
+    return verify_checkpoints(before, after, revision, trust_remote_code, _dtype(dtype), said, progress)
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

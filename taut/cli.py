@@ -50,6 +50,7 @@ Only = Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this 
 Form = Annotated[FormName, typer.Option(help="stock loads in transformers without taut; taut may change structure.")]
 MachineName = Annotated[str | None, typer.Option("--machine", metavar="NAME", help="Floors on it; see `machines`.")]
 Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page with all of it to FILE.")]
+Text = Annotated[Path | None, typer.Option("--text", metavar="FILE", help="Measure a lossy rewrite on it.")]
 Untie = Annotated[bool, typer.Option("--untie", help="Give a tied head weights of its own.")]
 
 
@@ -168,6 +169,7 @@ def apply(
     revision: Revision = None,
     trust_remote_code: Remote = False,
     dtype: Dtype = None,
+    text: Text = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -192,6 +194,7 @@ def apply(
                 revision=revision,
                 trust_remote_code=trust_remote_code,
                 dtype=dtype.value if dtype else None,
+                text=text,
                 progress=progress,
             )
         _print(as_json, done.as_dict(), lambda: show.applied(done))
@@ -204,6 +207,7 @@ def verify(
     revision: Revision = None,
     trust_remote_code: Remote = False,
     dtype: Dtype = None,
+    text: Text = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -218,6 +222,7 @@ def verify(
                 revision=revision,
                 trust_remote_code=trust_remote_code,
                 dtype=dtype.value if dtype else None,
+                text=text,
                 progress=progress,
             )
         _print(as_json, evidence.as_dict(), lambda: show.evidence(evidence))

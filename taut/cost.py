@@ -26,6 +26,7 @@ from taut.lift._match import CASTS
 from taut.machine import Machine
 from taut.op import Op, Work, nbytes
 from taut.ops.attention import attention
+from taut.ops.dequantize import dequantize
 from taut.values import Filled
 
 aten = torch.ops.aten
@@ -300,7 +301,7 @@ class _Count:
     def value(self, node: fx.Node, keys: bool = False) -> Any:
         """A node's meta value at the workload; with `keys` along all tokens that it may look at, not the new ones."""
         fixed = self.is_parameter(node)
-        made = node.meta.get("val")
+        made = _as_kept(node) if fixed and node.target is dequantize else node.meta.get("val")
         if isinstance(made, list | tuple):
             return type(made)(self.scaled(v, fixed, keys) for v in made)
         return self.scaled(made, fixed, keys)
@@ -335,6 +336,12 @@ class _Count:
     def bytes_of(self, node: fx.Node) -> float:
         """What lies in memory: repeats of an expanded axis are not counted."""
         return 0 if self.is_idle(node) else sum(nbytes(_once(t)) for t in _tensors(self.value(node)))
+
+
+def _as_kept(node: fx.Node) -> Tensor:
+    """A matrix that is kept as codes: its rows, in as many bytes as codes and scales have."""
+    parts = [source.meta["val"] for source in node.all_input_nodes]
+    return torch.empty(len(parts[0]), nbytes(*parts) // len(parts[0]), dtype=torch.uint8, device="meta")
 
 
 def _tensors(value: Any) -> Iterable[Tensor]:

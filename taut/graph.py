@@ -124,9 +124,9 @@ class Graph:
         return now == wanted
 
     def evaluate(self, name: str, dtype: torch.dtype | None = torch.float64) -> Tensor:
-        """A parameter's present value; in its own dtype when `dtype` is None, rounded once."""
+        """A parameter's present value; in its own dtype when `dtype` is None or it holds integers, rounded once."""
         value, read = self.values[name], self.read or reader(self.tensors)
-        if dtype is not None:
+        if dtype is not None and self.dtype_of(name).is_floating_point:
             return value.evaluate(read).to(dtype)
         if value == Original(name):
             return read(name, None)

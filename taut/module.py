@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from taut.graph import Graph
 from taut.lift import lift
+from taut.lossy import prove_plan
 from taut.plans import Plan, follow, plan_and_apply
-from taut.proof import Evidence, compare_modules, prove
+from taut.proof import Evidence, compare_modules
 from taut.tracing import trace
 from taut.twin import exactness, promises
 
@@ -82,24 +83,20 @@ def verify_modules(before: nn.Module, after: nn.Module, example: Mapping[str, Te
     if plan is None:
         return compare_modules(before, after, inputs)
     raw = trace(before, inputs, outputs=plan.outputs)
-    graph = follow(lift(raw), plan)
-    proved = graph
-    if plan.form == "stock":
-        proved = raw.copy()
-        proved.values = dict(graph.values)
-    stored = _stored(after)
-    written = {name: stored[name] for name in graph.changed()}
-    untouched = [n for n in graph.values if n not in written and not torch.equal(stored[n], raw.tensors[n])]
+    lifted = lift(raw)
+    changed, stored = follow(lifted, plan).changed(), _stored(after)
     more = [] if example is not None else [inputs_of(before, None, seed) for seed in range(1, 9)]
-    evidence = prove(
+    evidence, graph = prove_plan(
         raw,
-        proved,
+        lifted,
+        plan,
         [inputs],
-        written=written,
+        written={name: stored[name] for name in changed},
         promises=promises(plan, raw.outputs),
         exactness=exactness(plan),
         spare=more,
     )
+    untouched = [n for n in graph.values if n not in changed and not torch.equal(stored[n], raw.tensors[n])]
     if untouched:
         evidence.passed = False
         evidence.wrong_tensors += untouched

@@ -16,9 +16,11 @@ from taut.checkpoint.atomic import check_target
 from taut.checkpoint.changes import Change, disk_edits
 from taut.graph import Graph, shape
 from taut.lift import lift
+from taut.lossy import prove_plan, text_inputs
 from taut.opened import Opened, open_model
 from taut.plans import SCHEMA, BadPlan, Plan, follow, plan_and_apply
-from taut.proof import Evidence, NotProved, compare_modules, prove, same_bits
+from taut.proof import Evidence, NotProved, compare_modules, same_bits
+from taut.rewrite import Exactness
 from taut.twin import SPARE, exactness, promises, prove_on_twin
 from taut.values import Filled, Original, Read, Scaled
 
@@ -42,6 +44,7 @@ def apply_checkpoint(
     full: bool,
     force: bool,
     dtype: torch.dtype | None,
+    text: Path | None,
     progress: Progress | None,
 ) -> Applied:
     """Write the rewritten checkpoint to `out`, or nothing where nothing applies.
@@ -54,7 +57,7 @@ def apply_checkpoint(
         if not made.steps:
             return Applied(None, made, None, notes=["nothing applies, so nothing was written"])
         try:
-            return _write(opened, out, made, graph, full, force, dtype, progress)
+            return _write(opened, out, made, graph, full, force, dtype, text, progress)
         except OutOfRange as error:
             if plan is not None or not _refuse(opened, error):
                 raise
@@ -77,13 +80,13 @@ def _refuse(opened: Opened, error: OutOfRange) -> bool:
     return bool(reasons)
 
 
-def _write(opened, out, plan, graph, full, force, dtype, progress) -> Applied:
+def _write(opened, out, plan, graph, full, force, dtype, text, progress) -> Applied:
     working = dtype or opened.dtype
     evidence = prove_on_twin(opened.model_class, opened.config, plan, working)
     if not evidence.passed:
         raise NotProved("the plan could not be proved on a shrunk twin of this model", evidence)
     if full:
-        evidence = prove_full(opened, None, plan, dtype, progress)
+        evidence = prove_full(opened, None, plan, dtype, text, progress)
         evidence.notes.append("proved on the full-size model")
         if not evidence.passed:
             raise NotProved("the plan could not be proved on the full-size model", evidence)
@@ -143,6 +146,7 @@ def verify_checkpoints(
     revision: str | None,
     trust_remote_code: bool,
     dtype: torch.dtype | None,
+    text: Path | None,
     progress: Progress | None,
 ) -> Evidence:
     """Replay AFTER's recorded plan on BEFORE and check all three; without a record, only compare the outputs."""
@@ -155,39 +159,52 @@ def verify_checkpoints(
     except (KeyError, TypeError, BadPlan) as error:
         raise BadInput(f"{after}: taut.json holds no plan: {error}", "apply taut to the original again") from error
     old = open_model(before, revision, trust_remote_code, untie=bool(record.get("untied")))
-    return prove_full(old, new, plan, dtype, progress)
+    return prove_full(old, new, plan, dtype, text, progress)
 
 
 def prove_full(
-    old: Opened, new: Opened | None, plan: Plan, dtype: torch.dtype | None, progress: Progress | None
+    old: Opened,
+    new: Opened | None,
+    plan: Plan,
+    dtype: torch.dtype | None,
+    text: Path | None,
+    progress: Progress | None,
 ) -> Evidence:
-    """The proof on the model itself. `new` is what was written; without it, what would be."""
-    raw = old.full_graph(plan.outputs, dtype)
+    """The proof on the model itself. `new` is what was written; without it, what would be.
+
+    What a lossy plan costs is measured on `text`, by default on the one that comes with taut.
+    """
+    lossy = exactness(plan) is Exactness.BOUNDED
+    if text is not None and not lossy:
+        raise BadInput("a text is what lossy rewrites are measured on, and none is applied", "leave --text out")
+    told = text_inputs(old, text) if lossy else []
+    raw = old.full_graph(plan.outputs, dtype, example=told[0] if told else None)
+    lifted = lift(raw)
     try:
-        rewritten = follow(lift(raw), plan)
+        written = _Written(new, follow(lifted, plan)) if new is not None else None
     except BadPlan as error:
         cause = f"the recorded plan does not fit {old.checkpoint.path}: {error}"
         raise BadInput(cause, "compare the right pair") from error
-    after = rewritten
-    if plan.form == "stock":
-        after = raw.copy()
-        after.values = dict(rewritten.values)
-    written = _Written(new, after) if new is not None else None
     small = sum(raw.tensors[name].numel() for name in raw.values) <= FITS_IN_FLOAT64
     if progress is not None:
         progress("proving", 0, 1)
-    evidence = prove(
+    evidence, after = prove_plan(
         raw,
-        after,
-        [old.inputs(0)],
+        lifted,
+        plan,
+        told[:1] or [old.inputs(0)],
         written=written,
         promises=promises(plan, raw.outputs),
         exactness=exactness(plan),
-        spare=(old.inputs(seed) for seed in range(1, SPARE + 1)),
+        spare=[] if told else (old.inputs(seed) for seed in range(1, SPARE + 1)),
         movement=small,
+        noise=small,
+        text=told,
     )
     if not small:
         evidence.notes.append("that every tensor moves an output was proved on a shrunk twin")
+    if lossy and not told:
+        evidence.notes.append("there is no tokenizer, so no perplexity was measured")
     if new is not None:
         strangers = [name for name in _differing(old, new, after) if name not in after.changed()]
         evidence.wrong_tensors += strangers

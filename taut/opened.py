@@ -42,10 +42,11 @@ class Opened:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that most of the weights have."""
+        """The dtype that most of the weights have; the scales of codes are none."""
         bytes_of: dict[torch.dtype, int] = {}
-        for info in self.checkpoint.tensors.values():
-            if info.dtype.is_floating_point:
+        stored = self.checkpoint.tensors
+        for name, info in stored.items():
+            if info.dtype.is_floating_point and f"{name.removesuffix('.scale')}.codes" not in stored:
                 bytes_of[info.dtype] = bytes_of.get(info.dtype, 0) + info.nbytes
         configured = getattr(self.config, "dtype", None)
         return max(bytes_of, key=bytes_of.__getitem__, default=configured or torch.float32)
@@ -69,10 +70,19 @@ class Opened:
     def _stored(self, name: str, rows: slice | None) -> Tensor:
         return self.located.read(name, rows)
 
-    def full_graph(self, outputs: str, dtype: torch.dtype | None = None, symbolic: bool = False) -> Graph:
-        """The graph that can be run: parameters are read from disk when they are needed, and not kept."""
+    def full_graph(
+        self,
+        outputs: str,
+        dtype: torch.dtype | None = None,
+        symbolic: bool = False,
+        example: Mapping[str, Tensor] | None = None,
+    ) -> Graph:
+        """The graph that can be run: parameters are read from disk when they are needed, and not kept.
+
+        It takes inputs of the shapes of the example, by default of those that `inputs` makes up.
+        """
         model = cast_weights(build_on_meta(self.model_class, self.config).eval(), dtype or self.dtype)
-        graph = self._trace(model, outputs, symbolic)
+        graph = self._trace(model, outputs, symbolic, example)
         tensors = dict(graph.tensors)
         for name, buffer in self.buffers().items():
             tensors[name] = buffer
@@ -96,8 +106,7 @@ class Opened:
 
     @property
     def in_taut_form(self) -> bool:
-        plan = (self.checkpoint.prior.record or {}).get("plan")
-        return isinstance(plan, dict) and plan.get("form") == "taut"
+        return _in_taut_form(self.checkpoint)
 
     def inputs(self, seed: int = 0) -> dict[str, Tensor]:
         """Made-up inputs on the CPU."""
@@ -111,12 +120,20 @@ class Opened:
         stored = self.checkpoint.tensors if self.in_taut_form else self.located
         return buffers | {name: self.read(name) for name in buffers if stored.get(name)}
 
-    def _trace(self, model: nn.Module, outputs: str, symbolic: bool = False) -> Graph:
+    def _trace(
+        self, model: nn.Module, outputs: str, symbolic: bool = False, example: Mapping[str, Tensor] | None = None
+    ) -> Graph:
+        made = example_inputs(model) if example is None else {name: t.to("meta") for name, t in example.items()}
         try:
-            return trace(model, example_inputs(model), outputs=outputs, symbolic=symbolic)
+            return trace(model, made, outputs=outputs, symbolic=symbolic)
         except CannotTrace as error:
             cause = f"{self.model_class.__name__} cannot be exported: {error}"
             raise BadInput(cause, "report the class and this message; nothing was changed") from error
+
+
+def _in_taut_form(checkpoint: Checkpoint) -> bool:
+    plan = (checkpoint.prior.record or {}).get("plan")
+    return isinstance(plan, dict) and plan.get("form") == "taut"
 
 
 @contextlib.contextmanager
@@ -150,6 +167,7 @@ def open_model(
     """
     checkpoint = open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code, weights=weights)
     config = checkpoint.hf_config()
+    untie = untie or (_in_taut_form(checkpoint) and bool((checkpoint.prior.record or {}).get("untied")))
     if untie:
         config.tie_word_embeddings = False
     return Opened(checkpoint, config, model_class(checkpoint, config), untie)

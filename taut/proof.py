@@ -113,7 +113,7 @@ def prove(
     """
     promises = promises or {}
     changed = list(after.changed())
-    stored = written if written is not None else {name: after.evaluate(name, None) for name in changed}
+    stored = written if written is not None else _AsWritten(after)
     wrong = [] if written is None else [n for n in changed if not same_bits(stored[n], after.evaluate(n, None))]
     more, spare = itertools.tee(spare)
     compared = _compared(before, after, inputs, more, stored, promises)
@@ -140,6 +140,22 @@ def prove(
         choices_flipped=compared.flips,
         bounds=dict(bounds or {}),
     )
+
+
+class _AsWritten(Mapping[str, Tensor]):
+    """The rewritten parameters as they would be written, made when asked for."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.graph.evaluate(name, None)
+
+    def __iter__(self):
+        return iter(self.graph.changed())
+
+    def __len__(self) -> int:
+        return len(self.graph.changed())
 
 
 def _compared(before: Graph, after: Graph, inputs: Sequence[Inputs], spare, stored, promises) -> Comparison:
@@ -220,7 +236,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _working_dtype(graph: Graph) -> torch.dtype:
-    floats = (graph.tensors[n].dtype for n in graph.values if graph.tensors[n].is_floating_point())
+    floats = (graph.dtype_of(n) for n in graph.values if graph.dtype_of(n).is_floating_point)
     return next(floats, torch.float32)
 
 
@@ -318,25 +334,49 @@ def _slices(graph: Graph, name: str) -> list[str]:
 
 
 def _gradients(after: Graph, example: Inputs, names: list[str]) -> list[tuple[str, Tensor | None]]:
-    leaves = {name: after.evaluate(name).requires_grad_() for name in names}
+    """The derivative of the outputs by each tensor; by what is computed first from a tensor of integers."""
+    leaves = [(n, after.evaluate(n).requires_grad_()) for n in names if after.dtype_of(n).is_floating_point]
+    real = dict(leaves)
+    first = {node: name for name in names if name not in real for node in _first_reals(after, name)}
+
+    def watch(node: fx.Node, value: Any, value_of: Any) -> Any:
+        if node not in first:
+            return value
+        leaves.append((first[node], torch.zeros_like(value, requires_grad=True)))
+        return value + leaves[-1][1]
+
     with torch.enable_grad():
-        results = after.run(example, leaves, float64=True)
+        results = after.run(example, real, float64=True, watch=watch)
         generator = torch.Generator().manual_seed(0)
         projections = [_projection(r, generator) for r in results.values() if r.requires_grad]
         if not projections:
             return [(name, None) for name in names]
-        total = torch.stack(projections).sum()
-        return list(zip(names, torch.autograd.grad(total, list(leaves.values()), allow_unused=True), strict=True))
+        total, tensors = torch.stack(projections).sum(), [leaf for _, leaf in leaves]
+        gradients = torch.autograd.grad(total, tensors, allow_unused=True)
+    return [(name, gradient) for (name, _), gradient in zip(leaves, gradients, strict=True)]
+
+
+def _first_reals(graph: Graph, name: str) -> list[fx.Node]:
+    """The nodes at which a tensor of integers becomes real numbers."""
+    found, todo = [], [graph.placeholders("parameter")[name]]
+    while todo:
+        for user in todo.pop().users:
+            (found if _continuous(user.meta.get("val")) else todo).append(user)
+    return found
 
 
 def _moves(after: Graph, example: Inputs, name: str) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    value = after.evaluate(name)
-    noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
     with torch.no_grad():
         one = after.run(example, float64=True)
-        two = after.run(example, {name: value + value.abs().mean() * noise}, float64=True)
+        two = after.run(example, {name: _perturbed(after.evaluate(name))}, float64=True)
     return any(not torch.equal(one[k], two[k]) for k in one)
+
+
+def _perturbed(value: Tensor) -> Tensor:
+    if not value.is_floating_point():
+        return value ^ 1
+    noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return value + value.abs().mean() * noise
 
 
 def _projection(result: Tensor, generator: torch.Generator) -> Tensor:

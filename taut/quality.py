@@ -19,7 +19,8 @@ class Quality:
     """A model against another, over all predicted tokens.
 
     `kl` is the mean of KL(before || after) in nats a token; `sqnr` the power of the logits over that of their error,
-    in decibels (infinite where they are equal); `agreement` the share of tokens whose likeliest successor is the same.
+    in decibels (infinite where they are equal); `agreement` the share of tokens whose likeliest successor is the same;
+    `rise_error` the standard error of the perplexities' ratio over as many tokens.
     """
 
     perplexity_before: float
@@ -28,6 +29,7 @@ class Quality:
     sqnr: float
     agreement: float
     tokens: int
+    rise_error: float = 0.0
 
     @property
     def perplexity_ratio(self) -> float:
@@ -62,21 +64,32 @@ def perplexity(model: nn.Module, batches: Iterable[Tensor]) -> float:
 
 def compare(before: nn.Module, after: nn.Module, batches: Iterable[Tensor]) -> Quality:
     """Both models on the same ids [batch, length], a batch at a time. Raises ValueError as `perplexity` does."""
-    totals = dict.fromkeys(("before", "after", "kl", "signal", "noise", "same"), 0.0)
+    return over((logits_of(before, ids), logits_of(after, ids), ids) for ids in batches)
+
+
+def over(batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Quality:
+    """The quality of logits against others' on the same ids: (before, after, ids) of each batch, logits in float64.
+
+    Raises ValueError where there is no token to predict.
+    """
+    totals = dict.fromkeys(("before", "after", "rise", "squares", "kl", "signal", "noise", "same"), 0.0)
     count = 0
-    for ids in batches:
-        one, two = logits_of(before, ids), logits_of(after, ids)
-        totals["before"] += _loss(one, ids)
-        totals["after"] += _loss(two, ids)
+    for one, two, ids in batches:
+        losses = [_losses(logits, ids) for logits in (one, two)]
+        totals["before"] += losses[0].sum().item()
+        totals["after"] += losses[1].sum().item()
+        totals["rise"] += (losses[1] - losses[0]).sum().item()
+        totals["squares"] += (losses[1] - losses[0]).square().sum().item()
         one, two = one[:, :-1], two[:, :-1]
         p, q = one.log_softmax(-1), two.log_softmax(-1)
-        totals["kl"] += (p.exp() * (p - q)).sum().item()
-        totals["signal"] += one.square().sum().item()
-        totals["noise"] += (one - two).square().sum().item()
+        totals["kl"] += (p.exp() * (p - q).nan_to_num()).sum().item()
+        totals["signal"] += one.nan_to_num(neginf=0).square().sum().item()
+        totals["noise"] += (one - two).nan_to_num().square().sum().item()
         totals["same"] += (one.argmax(-1) == two.argmax(-1)).sum().item()
         count += ids[:, 1:].numel()
     _check(count)
-    noise = totals["noise"]
+    noise, ratio = totals["noise"], math.exp(totals["rise"] / count)
+    spread = max(totals["squares"] / count - (totals["rise"] / count) ** 2, 0.0)
     return Quality(
         perplexity_before=math.exp(totals["before"] / count),
         perplexity_after=math.exp(totals["after"] / count),
@@ -84,11 +97,16 @@ def compare(before: nn.Module, after: nn.Module, batches: Iterable[Tensor]) -> Q
         sqnr=10 * math.log10(totals["signal"] / noise) if noise else math.inf,
         agreement=totals["same"] / count,
         tokens=count,
+        rise_error=ratio * math.sqrt(spread / count),
     )
 
 
+def _losses(logits: Tensor, ids: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+
+
 def _loss(logits: Tensor, ids: Tensor) -> float:
-    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
+    return _losses(logits, ids).sum().item()
 
 
 def _check(count: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from taut.catalogue import find as find_all
 from taut.graph import Graph
+from taut.values import Value
 
 
 class Exactness(Enum):
@@ -55,10 +56,27 @@ STOCK, TAUT, STEP = Form("stock"), Form("taut"), Form("step")
 
 
 @dataclass(frozen=True)
+class Bound:
+    """How far a BOUNDED rewrite may take a model; apart from the values that it loses accuracy in it is exact.
+
+    `decoded(site, value_of)` has those parameters of the graph before it with what the graph behind it computes with,
+    in terms of the parameters that it adds, whose values `value_of` gives by name. `noise(graph, site, seed)` has the
+    same parameters with random noise of the accuracy that their format has. The promise: what is lost is at most twice
+    what the noise loses, and on a text the perplexity rises by at most `perplexity`, as a part of it, where one is
+    promised.
+    """
+
+    decoded: Callable[[Site, Callable[[str], Value]], dict[str, Value]]
+    noise: Callable[[Graph, Site, int], dict[str, Value]]
+    perplexity: float | None = None
+
+
+@dataclass(frozen=True)
 class Rewrite:
     """`sites(graph, form)` finds every place, refused ones with the reason; `change(graph, sites)` edits in place.
 
     `promises` names the outputs that keep their values, None for all of them. `asked` rewrites run only when named.
+    A BOUNDED one that can be proved has a `bound`.
     """
 
     name: str
@@ -70,6 +88,7 @@ class Rewrite:
     asked: bool = False
     order: int = 0
     absent: str = "there is no place for it in this model"
+    bound: Bound | None = None
 
     def find(self, graph: Graph, form: Form = TAUT) -> list[Site]:
         """Every site in the graph, applied or refused."""

@@ -185,6 +185,7 @@ def _lines(found: Evidence) -> Iterable[tuple[str, str]]:
         yield "float64", f"largest difference {found.float64_error:.1e} of the largest value (limit 1e-12)"
         yield found.dtype, f"error {found.error_ratio:.2f} times the original's own (limit 2)"
         yield "tensors", f"{found.tensors_checked} rewritten, each its float64 value rounded once"
+    yield from _losses(found.bounds)
     if found.unproved:
         yield "unproved", ", ".join(found.unproved)
     if found.wrong_tensors:
@@ -193,6 +194,18 @@ def _lines(found: Evidence) -> Iterable[tuple[str, str]]:
         yield "routing", f"{found.choices_flipped} choices would fall otherwise in {found.dtype}"
     if not found.passed and found.worst:
         yield "first off", found.worst
+
+
+def _losses(bounds: dict[str, float]) -> Iterable[tuple[str, str]]:
+    """What each lossy rewrite costs, as `taut.lossy` measured it."""
+    for name in dict.fromkeys(key.partition(".")[0] for key in bounds):
+        cost = {key.partition(".")[2]: value for key, value in bounds.items() if key.startswith(name + ".")}
+        said = [f"divergence {cost['divergence']:.1e}"]
+        if "of_noise" in cost:
+            said.append(f"{cost['of_noise']:.2f} times that of noise as large (limit 2)")
+        if "perplexity_rise" in cost:
+            said.append(f"perplexity {cost['perplexity_rise']:+.2%}, give or take {cost['standard_error']:.2%}")
+        yield name, "; ".join(said)
 
 
 def _words(exactness: str) -> str:

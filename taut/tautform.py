@@ -6,7 +6,7 @@ binds the tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taut.checkpoint import BadInput, Copy, Edit, write_taut
+from taut.checkpoint import BadInput, Copy, Edit, TensorInfo, write_taut
+from taut.coded import Codes, Scales
 from taut.graph import Graph, shape
 from taut.lift import lift
 from taut.module import GraphModule
@@ -52,8 +53,15 @@ def _edit(opened: Opened, graph: Graph, name: str, size: tuple[int, ...]) -> Edi
     infos = [opened.checkpoint.tensors[piece.tensor] for piece in pieces]
     if graph.values.get(name, Original(name)) == Original(name) and len(pieces) == 1 and infos[0].shape == size:
         return Copy(pieces[0].tensor, infos[0])
-    known = infos[0].dtype if infos else opened.dtype
-    return Computed(graph.values.get(name, Original(name)), size, known, opened.located)
+    return Computed(graph.values.get(name, Original(name)), size, _dtype(opened, graph, name, infos), opened.located)
+
+
+def _dtype(opened: Opened, graph: Graph, name: str, infos: Sequence[TensorInfo]) -> torch.dtype:
+    """What is on disk keeps its dtype. Of what a rewrite adds, codes keep their own, and so do their scales."""
+    if infos:
+        return infos[0].dtype
+    value = graph.values.get(name)
+    return graph.dtype_of(name) if isinstance(value, Codes | Scales) else opened.dtype
 
 
 def load(path: str | Path, trust_remote_code: bool = False) -> GraphModule:
@@ -62,17 +70,32 @@ def load(path: str | Path, trust_remote_code: bool = False) -> GraphModule:
     Raises BadInput where the directory holds no model in taut form, or one that this taut cannot replay.
     """
     opened = open_model(path, None, trust_remote_code)
-    if not opened.in_taut_form:
-        raise BadInput(f"{path}: not a model in taut form", "load a checkpoint in stock form with transformers")
-    plan = Plan.from_dict(opened.checkpoint.prior.record["plan"])  # type: ignore[index]
+    plan = plan_of(opened)
     try:
         graph = follow(lift(opened.full_graph(plan.outputs, symbolic=True)), plan)
     except BadPlan as error:
         raise BadInput(f"{path}: {error}", "apply taut to the original again with this version") from error
     stored = opened.checkpoint.tensors
-    expected = {name: shape(node) for name, node in graph.placeholders("parameter").items()}
-    wrong = [name for name, size in expected.items() if name not in stored or stored[name].shape != size]
+    expected = {name: node.meta["val"] for name, node in graph.placeholders("parameter").items()}
+    wrong = [name for name, val in expected.items() if name not in stored or not _fits(stored[name], val)]
     if wrong:
-        cause = f"{path}: missing or of another shape: {', '.join(wrong[:5])}"
+        cause = f"{path}: missing, or of another shape or kind: {', '.join(wrong[:5])}"
         raise BadInput(cause, "apply taut to the original again")
     return GraphModule(graph, {name: opened.checkpoint.read(name) for name in graph.values})
+
+
+def plan_of(opened: Opened) -> Plan:
+    """The plan of a checkpoint in taut form. Raises BadInput for what is none, and for a plan that cannot be read."""
+    path, record = opened.checkpoint.path, opened.checkpoint.prior.record or {}
+    if not opened.in_taut_form:
+        raise BadInput(f"{path}: not a model in taut form", "load a checkpoint in stock form with transformers")
+    try:
+        return Plan.from_dict(record["plan"])
+    except BadPlan as error:
+        raise BadInput(f"{path}: {error}", "apply taut to the original again") from error
+
+
+def _fits(info: TensorInfo, val: Tensor) -> bool:
+    """Whether a stored tensor has the shape that the graph expects; codes must have their own dtype."""
+    same = info.dtype == val.dtype if not val.is_floating_point() else info.dtype.is_floating_point
+    return info.shape == tuple(val.shape) and same

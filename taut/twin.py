@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from taut.graph import Graph
 from taut.lift import lift
-from taut.plans import Plan, form_of
-from taut.proof import Evidence, prove
+from taut.lossy import prove_plan
+from taut.plans import Plan, Step, form_of
+from taut.proof import Evidence
 from taut.rewrite import Exactness, rewrites
 from taut.shrink import CannotShrink, example_inputs, shrink, tiny_model
 from taut.tracing import trace
@@ -51,14 +52,12 @@ def prove_on_twin(model_class: type[nn.Module], config: Any, plan: Plan, dtype: 
         return _unproved(plan, f"no shrunk twin of this configuration could be built: {error}")
     inputs = list(examples(twin, 0, EXAMPLES))
     raw = trace(twin, inputs[0], outputs=plan.outputs)
-    rewritten, missing = _carry_over(lift(raw), plan)
-    after = rewritten
-    if form_of(plan.form).stock:
-        after = raw.copy()
-        after.values = dict(rewritten.values)
-    evidence = prove(
+    lifted = lift(raw)
+    carried, missing = _carry_over(lifted, plan)
+    evidence, _ = prove_plan(
         raw,
-        after,
+        lifted,
+        carried,
         inputs,
         promises=promises(plan, raw.outputs),
         spare=examples(twin, EXAMPLES, SPARE),
@@ -82,16 +81,18 @@ def promises(plan: Plan, outputs: tuple[str, ...]) -> dict[str, str]:
     return {name: kept for kept in narrowed if kept for name in outputs}
 
 
-def _carry_over(graph: Graph, plan: Plan) -> tuple[Graph, list[str]]:
-    """The plan applied by pattern, and the patterns that the twin lacks."""
+def _carry_over(graph: Graph, plan: Plan) -> tuple[Plan, list[str]]:
+    """The plan for the twin, by pattern, and the patterns that the twin lacks."""
     missing: list[str] = []
+    steps: list[Step] = []
     for step in plan.steps:
         rewrite, form = rewrites()[step.rewrite], form_of(plan.form)
         wanted = {pattern(where) for where in step.sites}
         found = [site for site in rewrite.find(graph, form) if site.refused is None and pattern(site.where) in wanted]
         missing += [f"{step.rewrite} at {p}" for p in sorted(wanted - {pattern(site.where) for site in found})]
         graph = rewrite.apply(graph, found, form)
-    return graph, missing
+        steps.append(Step(step.rewrite, tuple(site.where for site in found)))
+    return replace(plan, steps=tuple(steps)), missing
 
 
 def _unproved(plan: Plan, reason: str) -> Evidence:

@@ -13,12 +13,21 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+CODES = (torch.int8, torch.uint8)
+"""Integers that a rewrite computes: they come as whole numbers in range and are not rounded at all."""
 
 
 def round_once(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A float64 tensor in `dtype` (float16, bfloat16, float32 or float64), to nearest, ties to even, rounded once."""
+    """A float64 tensor in `dtype`: a floating one, to nearest, ties to even, rounded once; or codes, which must fit.
+
+    Raises TypeError for other dtypes, and ValueError for codes that are not whole or out of range.
+    """
     if x.dtype is not torch.float64:
         raise TypeError(f"round_once takes float64, not {x.dtype}")
+    if dtype in CODES:
+        if not torch.equal(x.to(dtype).double(), x):
+            raise ValueError(f"codes that are no {str(dtype).removeprefix('torch.')}")
+        return x.to(dtype)
     if dtype not in FLOATS:
         raise TypeError(f"round_once cannot round to {dtype}")
     return x.to(dtype) if dtype in (torch.float64, torch.float32) else _to_odd(x).to(dtype)
@@ -56,6 +65,8 @@ class Lost:
 
 def lost(before: Tensor | None, exact: Tensor, after: Tensor) -> Lost:
     """What rounding `exact` (float64) to `after` lost; `before` are the original values, None for a new tensor."""
+    if after.dtype in CODES:
+        return Lost()
     tiny = torch.finfo(after.dtype).tiny
     overflow = (after.isinf() & exact.isfinite()).sum()
     was_normal = True if before is None else before.double().abs() >= tiny

@@ -22,7 +22,7 @@ import torch
 
 from taut.checkpoint.edits import Copy, Edit, Scale
 from taut.checkpoint.read import Checkpoint
-from taut.checkpoint.rounding import FLOATS, Lost, lost, round_once
+from taut.checkpoint.rounding import CODES, FLOATS, Lost, lost, round_once
 from taut.checkpoint.shards import TensorInfo, read_at
 
 BLOCK = 1 << 20  # Bytes. What is read, written and read back fits a core's cache; measured, 8 MB costs twice the time.
@@ -148,7 +148,7 @@ class Streamer:
         if exact.numel() != count:
             raise ValueError(f"{block.name}: the edit gave {tuple(exact.shape)} for rows {rows}")
         bad = int((~exact.isfinite()).sum())
-        if block.info.dtype not in FLOATS:
+        if block.info.dtype not in (*FLOATS, *CODES):
             raise TypeError(f"{block.name}: cannot round to {block.info.dtype}")
         rounded = round_once(exact.contiguous(), block.info.dtype)
         raw = rounded.flatten().view(torch.uint8).numpy()

@@ -15,6 +15,9 @@ aten = torch.ops.aten
 
 RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 GATHERS = {aten.index.Tensor, aten.index_select.default, aten.gather.default}
+SWAPS = (aten.t.default, aten.transpose.int, aten.mT.default)
+"""Of a matrix they all make the transpose."""
+
 MOVES = (
     CASTS
     | RESHAPES

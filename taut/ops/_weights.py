@@ -20,7 +20,7 @@ def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tens
     if scale is None and weight.is_floating_point():
         return weight.to(dtype)
     if scale is not None and weight.dtype == torch.int8:
-        return weight.to(dtype) * scale.to(dtype)[:, None]
+        return weight.to(dtype) * scale.to(dtype)[..., None]
     if scale is not None and weight.dtype == torch.uint8:
         codes = weight.unflatten(-1, (-1, GROUP // 2))
         codes = torch.cat((codes & 15, codes >> 4), -1).to(dtype) - 8

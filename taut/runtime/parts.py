@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from taut.facts.moves import is_move, move
+from taut.coded import Decoded, Turned
+from taut.facts.moves import SWAPS, is_move, move
 from taut.graph import Graph, shape
+from taut.lift._match import is_call
 from taut.ops.layer_norm import layer_norm
 from taut.runtime.pieces import width
 from taut.runtime.steps import Norm, Weight
 from taut.runtime.tables import CONSTANT, Tables
-from taut.values import Original, Stacked, reader
+from taut.values import Original, Stacked, Value, reader
 
 Convert = Callable[[Tensor], Weight]
 """How a matrix is kept that was read from the checkpoint."""
@@ -35,10 +37,29 @@ class Parts:
         return self.constants[node]
 
     def weight(self, node: fx.Node) -> Weight:
-        """A matrix as it is stored: what only moves a parameter keeps its dtype."""
+        """A matrix as it is stored, codes as codes: what only moves a parameter keeps its dtype."""
         if node not in self.weights:
-            self.weights[node] = self.convert(self.stored(node))
+            coded = self.coded(node) if self.convert is Weight else None
+            self.weights[node] = coded or self.convert(self.stored(node))
         return self.weights[node]
+
+    def coded(self, node: Any) -> Weight | None:
+        """The codes and scales of a matrix, or of rows of one, that is kept so."""
+        if node.op == "placeholder" and node.meta["kind"] == "parameter":
+            return codes_of(self.graph, self.graph.values[node.meta["tensor"]])
+        if not is_move(node) or self.tables.kinds[node.args[0]] != CONSTANT:
+            return None
+        source = node.args[0]
+        if source.op == "placeholder" and isinstance(self.graph.values.get(source.meta["tensor"]), Turned):
+            turned: Any = self.graph.values[source.meta["tensor"]]
+            return codes_of(self.graph, turned.x) if is_call(node, *SWAPS) else None
+        whole = self.coded(source)
+        rows = None if whole is None else _rows(node, shape(source))
+        return (
+            None
+            if whole is None or rows is None or whole.scale is None
+            else Weight(whole.data[rows], whole.scale[rows])
+        )
 
     def stored(self, node: Any) -> Tensor:
         if node.op == "placeholder" and node.meta["kind"] == "parameter":
@@ -79,6 +100,34 @@ class Parts:
         if isinstance(value, fx.Node) and self.tables.kinds[value] == CONSTANT and width(value) == 1:
             return float(self.constant(value))
         return None
+
+
+def codes_of(graph: Graph, value: Value) -> Weight | None:
+    """The codes and scales of a value that is kept so, or of several such stacked; None for any other."""
+    parts = value.parts if isinstance(value, Stacked) else (value,)
+    stored = [part for part in parts if isinstance(part, Decoded)]
+    if len(stored) < len(parts) or len({part.bits for part in stored}) > 1:
+        return None
+    read = graph.read or reader(graph.tensors)
+    names = [(part.codes, part.scale) for part in stored]
+    data, scale = (
+        torch.cat([read(part.name, None) for part in column if isinstance(part, Original)])
+        for column in zip(*names, strict=True)
+    )
+    return Weight(data, scale)
+
+
+def _rows(node: fx.Node, size: tuple[int, ...]) -> Tensor | None:
+    """The rows of a matrix that a movement picks, whole and in their order; None for any other movement."""
+    if len(size) != 2 or len(shape(node)) != 2 or shape(node)[1] != size[1]:
+        return None
+    rows, columns = (
+        move(node, index) for index in (torch.arange(size[0])[:, None].expand(size), torch.arange(size[1]).expand(size))
+    )
+    if not isinstance(rows, Tensor) or not isinstance(columns, Tensor):
+        return None
+    whole = torch.equal(columns, torch.arange(size[1]).expand(columns.shape))
+    return rows[:, 0].clone() if whole and bool((rows == rows[:, :1]).all()) else None
 
 
 def as_stored(graph: Graph, name: str) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,9 +28,13 @@ SHAPED_AS = (
 """They look at the shape of a value, not at the value; all of them are told a dtype or give a mask of ones."""
 
 
-def prepared(graph: Graph) -> Graph:
-    """The graph lifted, without casts that cast nothing, and with every fusing rewrite applied."""
+def prepared(graph: Graph, restore: Callable[[Graph], Graph] | None = None) -> Graph:
+    """The graph lifted, without casts that cast nothing, and with every fusing rewrite applied.
+
+    `restore` makes of the lifted graph the one that a checkpoint's tensors belong to.
+    """
     graph = lift(tidied(graph))
+    graph = graph if restore is None else restore(graph)
     for rewrite in rewrites().values():
         if rewrite is fuse_norm_linear:  # what reads one norm and was not fused with what is behind it
             graph = merge_linears.apply(graph, form=TAUT)
@@ -54,8 +59,11 @@ def tidied(graph: Graph) -> Graph:
             node.replace_input_with(like, graph.insert(aten.zeros.default, (list(shape(like)),), node))
         elif is_call(node, aten.baddbmm.default):
             _scores_by_head(graph, node)
+        elif is_call(node, aten.softmax.int) and node.args[1] in (-1, 2):
+            _softmax_by_head(graph, node)
         elif is_call(node, aten.bmm.default):
             _product_by_head(graph, node)
+    graph.fx.eliminate_dead_code()
     return graph
 
 
@@ -78,9 +86,17 @@ def _scores_by_head(graph: Graph, node: Any) -> None:
     _put(graph, node, graph.insert(aten.add.Tensor, (scaled, _batched(graph, bias, node)), node))
 
 
+def _softmax_by_head(graph: Graph, node: Any) -> None:
+    """A softmax of (heads, 1, keys) with an axis for the batch, if its scores had one."""
+    scores = node.args[0]
+    if is_call(scores, aten.reshape.default) and shape(scores.args[0]) == (1, *shape(scores)):
+        _put(graph, node, graph.insert(node.target, (scores.args[0], -1, *node.args[2:]), node, dict(node.kwargs)))
+
+
 def _product_by_head(graph: Graph, node: Any) -> None:
     weights, values = node.args
-    if is_call(weights, aten.reshape.default) and shape(weights.args[0]) == (1, *shape(weights)):
+    shed = is_call(weights, aten.reshape.default, aten.squeeze.dim)
+    if shed and shape(weights.args[0]) == (1, *shape(weights)):
         four = _batched(graph, values, node)
         _put(graph, node, graph.insert(aten.matmul.default, (weights.args[0], four), node))
 
@@ -89,6 +105,8 @@ def _batched(graph: Graph, node: Any, before: fx.Node) -> fx.Node:
     """A value with an axis for the batch in front, which it may have had before."""
     if is_call(node, aten.reshape.default) and shape(node.args[0]) == (1, *shape(node)):
         return node.args[0]
+    if is_call(node, aten.transpose.int) and len(shape(node)) == 3 and {axis % 3 for axis in node.args[1:]} == {1, 2}:
+        return graph.insert(aten.transpose.int, (_batched(graph, node.args[0], before), 2, 3), before)
     return graph.insert(aten.unsqueeze.default, (node, 0), before)
 
 

@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from taut.coded import Decoded, Turned
 from taut.graph import Graph
 from taut.op import Op
 from taut.user_cache import user_cache
-from taut.values import Original, Stacked, Value, originals
+from taut.values import Filled, Original, Stacked, Value, originals
 from taut.whole_file import whole_file
 
-SCHEMA = 1
+SCHEMA = 2
 NAMESPACES = ("aten", "prims")
 
 
@@ -189,12 +190,24 @@ def _value(value: Value) -> Any:
         return value.name
     if isinstance(value, Stacked):
         return {"parts": [_value(part) for part in value.parts], "heights": list(value.heights)}
+    if isinstance(value, Decoded):
+        return {"codes": _value(value.codes), "scale": _value(value.scale), "bits": value.bits}
+    if isinstance(value, Turned):
+        return {"turned": _value(value.x)}
+    if isinstance(value, Filled):
+        return {"shape": list(value.shape), "value": value.value}
     raise CannotSave(f"a parameter has become a {type(value).__name__}")
 
 
 def _expression(record: Any) -> Value:
     if isinstance(record, str):
         return Original(record)
+    if "codes" in record:
+        return Decoded(_expression(record["codes"]), _expression(record["scale"]), record["bits"])
+    if "turned" in record:
+        return Turned(_expression(record["turned"]))
+    if "value" in record:
+        return Filled(tuple(record["shape"]), record["value"])
     return Stacked(tuple(_expression(part) for part in record["parts"]), tuple(record["heights"]))
 
 

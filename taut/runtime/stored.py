@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from taut.checkpoint import BadInput, Checkpoint, open_checkpoint
+from taut.checkpoint import Checkpoint, open_checkpoint
 from taut.graph import Graph
 from taut.runtime import saved
 from taut.runtime.compiling import Progress, bind, step_graph, stop_tokens, window
@@ -33,9 +34,10 @@ def checkpoint_graph(
 
 
 def _identity(checkpoint: Checkpoint, max_length: int | None) -> str:
-    """What the graph and its tables depend on: the configuration, and the files, which may hold buffers."""
+    """What the graph and its tables depend on: configuration, plan, and the files, which may hold buffers."""
     files = [(str(s.path.resolve()), s.path.stat().st_size, s.path.stat().st_mtime_ns) for s in checkpoint.shards]
-    return saved.key((checkpoint.path / "config.json").read_text(), files, max_length, checkpoint.trust_remote_code)
+    config, plan = (checkpoint.path / "config.json").read_text(), (checkpoint.prior.record or {}).get("plan")
+    return saved.key(config, plan, files, max_length, checkpoint.trust_remote_code)
 
 
 def _reader(checkpoint: Checkpoint, places: Mapping[str, str]) -> Any:
@@ -55,24 +57,24 @@ def _exported(
 ) -> saved.Stored:
     from taut.opened import open_model
     from taut.runtime.prepare import prepared
+    from taut.runtime.replay import replayed
     from taut.shrink.weights import cast_weights
+    from taut.tautform import plan_of
 
     opened = open_model(model, revision, trust_remote_code)
-    if opened.in_taut_form:
-        cure = "compile the original or its stock form: the engine fuses by itself"
-        raise BadInput(f"{opened.checkpoint.path}: a checkpoint in taut form cannot be compiled yet", cure)
+    plan = plan_of(opened) if opened.in_taut_form else None
     tell("exporting the step")
     graph = step_graph(cast_weights(opened.meta, torch.float32), window(opened.config, max_length))
     bind(graph, dict(opened.buffers()))
     tell("fusing")
-    graph = prepared(graph)
-    located: Any = opened.located
-
-    def read(name: str, rows: slice | None) -> Tensor:
-        return located.read(name, rows)
-
-    graph.read = read
-    places = {name: _whole(opened, name) for name in saved.parameters(graph)}
+    if plan is None:
+        graph = prepared(graph)
+        graph.read = opened.located.read
+        places = {name: _whole(opened, name) for name in saved.parameters(graph)}
+    else:
+        graph = prepared(graph, partial(replayed, plan=plan, stored=opened.checkpoint.tensors))
+        graph.read = opened.checkpoint.read
+        places = {name: name for name in saved.parameters(graph)}
     whole = {name: tensor for name, tensor in places.items() if tensor is not None}
     made = saved.Stored(graph, whole)
     if len(whole) == len(places):

@@ -89,7 +89,15 @@ def test_round_once_refuses_other_types():
     with pytest.raises(TypeError, match="takes float64"):
         round_once(torch.zeros(1), torch.bfloat16)
     with pytest.raises(TypeError, match="cannot round"):
-        round_once(torch.zeros(1, dtype=torch.float64), torch.int8)
+        round_once(torch.zeros(1, dtype=torch.float64), torch.int32)
+
+
+def test_codes_are_whole_and_in_range():
+    whole = torch.tensor([-128.0, 0.0, 127.0], dtype=torch.float64)
+    assert torch.equal(round_once(whole, torch.int8), torch.tensor([-128, 0, 127], dtype=torch.int8))
+    for wrong in (0.5, 128.0, float("nan")):
+        with pytest.raises(ValueError, match="no int8"):
+            round_once(torch.tensor([wrong], dtype=torch.float64), torch.int8)
 
 
 def place_of(factors, first, inner):

@@ -1,0 +1,110 @@
+"""Matrices that are kept as integer codes with scales: what is stored, what it stands for, and noise as large."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from taut.ops._weights import GROUP, dequantize, quantize
+from taut.values import Read, Rows, Value
+
+BITS = {"int8": 8, "int4": 4}
+
+
+@dataclass(frozen=True)
+class Turned:
+    """A matrix with its axes swapped."""
+
+    x: Value
+
+    def evaluate(self, read: Read, rows: Rows = None) -> Tensor:
+        turned = self.x.evaluate(read).mT
+        return turned if rows is None else turned[rows]
+
+    def children(self) -> tuple[Value, ...]:
+        return (self.x,)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """The codes of a matrix (out, in) in so many bits, as `taut.ops._weights.quantize` stores them."""
+
+    x: Value
+    bits: int
+
+    def evaluate(self, read: Read, rows: Rows = None) -> Tensor:
+        return quantize(self.x.evaluate(read, rows), self.bits)[0].double()
+
+    def children(self) -> tuple[Value, ...]:
+        return (self.x,)
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The scales that belong to `Codes`."""
+
+    x: Value
+    bits: int
+
+    def evaluate(self, read: Read, rows: Rows = None) -> Tensor:
+        return quantize(self.x.evaluate(read, rows), self.bits)[1].double()
+
+    def children(self) -> tuple[Value, ...]:
+        return (self.x,)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """The matrix that codes and scales stand for."""
+
+    codes: Value
+    scale: Value
+    bits: int
+
+    def evaluate(self, read: Read, rows: Rows = None) -> Tensor:
+        codes = self.codes.evaluate(read, rows).to(STORED[self.bits][0])
+        return dequantize(codes, self.scale.evaluate(read, rows), torch.float64)
+
+    def children(self) -> tuple[Value, ...]:
+        return (self.codes, self.scale)
+
+
+@dataclass(frozen=True)
+class Noisy:
+    """A matrix with an error drawn evenly from one step of its codes, independent of everything.
+
+    Source: Bennett, Spectra of quantized signals, 1948, https://archive.org/details/bstj27-3-446: what rounding to so
+    many levels does to a signal that knows nothing of them.
+    """
+
+    x: Value
+    bits: int
+    name: str
+    seed: int
+
+    def evaluate(self, read: Read, rows: Rows = None) -> Tensor:
+        generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()) + self.seed)
+        noisy = with_noise(self.x.evaluate(read), self.bits, generator)
+        return noisy if rows is None else noisy[rows]
+
+    def children(self) -> tuple[Value, ...]:
+        return (self.x,)
+
+
+STORED = {8: (torch.int8, torch.float32), 4: (torch.uint8, torch.float16)}
+"""The dtypes of codes and scales, by bits."""
+
+
+def sizes(n: int, k: int, bits: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of the codes and the scales of a matrix (n, k)."""
+    return ((n, k), (n,)) if bits == 8 else ((n, k // 2), (n, k // GROUP))
+
+
+def with_noise(x: Tensor, bits: int, generator: torch.Generator) -> Tensor:
+    """A matrix (out, in) plus noise that is even over one step of its codes."""
+    scale = quantize(x, bits)[1].to(x.dtype).abs()
+    step = scale[:, None] if bits == 8 else scale.repeat_interleave(GROUP, -1)
+    return x + (torch.rand(x.shape, generator=generator, dtype=x.dtype) - 0.5) * step
