@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import resources
@@ -22,11 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from taut import machine as machines
-from taut.checkpoint import BadInput
+from taut.checkpoint import BadInput, open_checkpoint
+from taut.coded import BITS
 from taut.cost import Cost, Workload, cost
+from taut.lossy import DRAWS
 from taut.machine import Figure, Machine
 from taut.op import Work
-from taut.parity import BOUNDS, Parity, Runner, bounded, forced, greedy, in_float64, same_function
+from taut.parity import Parity, Runner, bounded, forced, greedy, in_float64, same_function
 from taut.whole_file import write_text
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -165,6 +167,7 @@ def bench(
     model: str | Path | nn.Module,
     *,
     weights: str | None = None,
+    against: str | Path | nn.Module | None = None,
     all: bool = False,
     prompt: int = 64,
     tokens: int = 64,
@@ -181,15 +184,22 @@ def bench(
     """
     tell = progress or (lambda *_: None)
     tell("loading", 0, 1)
-    loaded, ids, name = _load(model, weights, revision, trust_remote_code, prompt + tokens)
-    stored = weights or _name_of(loaded)
+    original, loss = _original(model, against), _loss(model) or (weights if weights in BITS else None)
+    loaded, ids, name = _load(original, weights, revision, trust_remote_code, prompt + tokens)
+    stored = weights or loss or _name_of(loaded)
     make = compile or _engine
-    ours = Ours(make(model, device="cpu", max_length=prompt + tokens + 1, max_batch=1, weights=weights))
+    options = {"device": "cpu", "max_length": prompt + tokens + 1, "max_batch": 1}
+    ours = Ours(make(model, **options, weights=weights))
     eager = Eager(loaded)
     tell("checking parity", 0, 1)
-    parity = _parity(eager, ours, loaded, ids, prompt, tokens, stored)
+    if loss is None:
+        parity = _parity(eager, ours, loaded, ids, prompt, tokens, stored)
+    else:
+        noises = (Ours(make(original, **options, weights=noise)) for noise in _noises(loss))
+        parity = _bounded(eager, ours, noises, ids, prompt, tokens, loss)
     here = machines.measured() or machines.measure(lambda what: tell(what, 0, 1))
     apart = ours.engine.explain()
+    name = name if against is None else str(model)
     result = Bench(name, stored, prompt, tokens, parity, here, apart=apart, environment=environment())
     if not parity.passed:
         return result
@@ -199,6 +209,33 @@ def bench(
     seconds = _interleaved(runners, ids, prompt, tokens, rounds, result, tell)
     _fill(result, loaded, seconds)
     return result
+
+
+def _noises(loss: str) -> Iterator[Any]:
+    from taut.runtime.compiling import noisy
+
+    return (noisy(loss, seed) for seed in range(DRAWS))
+
+
+def _original(model: Any, against: Any) -> Any:
+    """What is timed beside taut. Raises BadInput for a model in taut form alone: transformers cannot load it."""
+    if against is None and _record(model).get("form") == "taut":
+        cause = f"{model} is in taut form, and does not hold the model that it is compared with"
+        raise BadInput(cause, "name the original: --against MODEL")
+    return model if against is None else against
+
+
+def _loss(model: Any) -> str | None:
+    """The format in which a checkpoint in taut form keeps its weights; the less accurate one of two."""
+    applied = {step["rewrite"] for step in _record(model).get("steps", ())}
+    return next((name for name in reversed(BITS) if f"{name}_weights" in applied), None)
+
+
+def _record(model: Any) -> dict[str, Any]:
+    """The plan that a checkpoint was rewritten by; empty for none, and for a module."""
+    if isinstance(model, nn.Module):
+        return {}
+    return (open_checkpoint(model).prior.record or {}).get("plan") or {}
 
 
 def _engine(model: Any, **options: Any) -> Engine:
@@ -258,13 +295,19 @@ def _parity(
     eager: Eager, ours: Runner, model: nn.Module, ids: list[int], prompt: int, tokens: int, weights: str
 ) -> Parity:
     head = ids[:prompt]
-    if weights in BOUNDS:
-        text = ids[prompt:]
-        return bounded(weights, forced(eager, head, text), forced(ours, head, text), text)
     chosen, original = greedy(eager, head, tokens)
     found = forced(ours, head, chosen)
     exact = in_float64(model, head, chosen)
     return same_function(original, found, exact, DTYPES[weights], chosen if weights == "fp32" else None)
+
+
+def _bounded(
+    eager: Eager, ours: Runner, noises: Iterable[Runner], ids: list[int], prompt: int, tokens: int, loss: str
+) -> Parity:
+    """On a text, since the perplexity of what a model chooses itself says little."""
+    head, text = ids[:prompt], ids[prompt : prompt + tokens]
+    before, after = forced(eager, head, text), forced(ours, head, text)
+    return bounded(f"{loss}_weights", before, after, [forced(noise, head, text) for noise in noises], text)
 
 
 def _add_compiled(

@@ -253,6 +253,10 @@ class WeightsName(StrEnum):
 def bench(
     model: ModelArg,
     weights: Annotated[WeightsName | None, typer.Option(help="How weights are stored; by default as they are.")] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="The original of a model in taut form, which is timed beside it."),
+    ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Time torch.compile too.")] = False,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 64,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens behind it.")] = 64,
@@ -274,6 +278,7 @@ def bench(
             found = benchmark.bench(
                 model,
                 weights=weights.value if weights else None,
+                against=against,
                 all=everything,
                 prompt=prompt,
                 tokens=tokens,

@@ -2,7 +2,9 @@
 
 The original is transformers' own model in its own dtype. It continues a prompt greedily; the runtime is fed the same
 tokens. ALGEBRAIC: at each step the runtime's error against true float64 is at most twice the original's, plus one
-unit in the last place. BOUNDED: the perplexity of a text rises by no more than the bound.
+unit in the last place. BOUNDED: both are fed a text, and what the rewrite of that name promises (`taut.rewrite.Bound`)
+must hold: it diverges from the original at most twice as far as noise of its accuracy does, and where a perplexity is
+promised it rises by no more, give or take chance.
 """
 
 from __future__ import annotations
@@ -17,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from taut.graph import Float64
+from taut.lossy import CHANCE
+from taut.quality import Quality, over
+from taut.rewrite import rewrites
 
 TIMES = 2
 EXCUSED = 1000
 """At most one step in so many may choose another token, and only where float64 itself is undecided."""
-BOUNDS = {"int8": 0.005, "int4": 0.10}
-"""By how much, as a part of it, quantized weights may raise the perplexity."""
 
 
 class Runner(Protocol):
@@ -45,7 +48,8 @@ class Excuse:
 class Parity:
     """The verdict, and what it stands on.
 
-    `worst` is the runtime's error over the original's, or the bounded rise; None where it is no number.
+    `worst` is the runtime's error over the original's, or its divergence over that of noise; None where it is no
+    number. `rise` is that of the perplexity of a lossy runtime, as a part of it, with its standard error.
     """
 
     passed: bool
@@ -56,6 +60,9 @@ class Parity:
     differing: int = 0
     excused: list[Excuse] = field(default_factory=list)
     reason: str = ""
+    divergence: float | None = None
+    rise: float | None = None
+    standard_error: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -91,7 +98,7 @@ def in_float64(model: nn.Module, prompt: Sequence[int], tokens: Sequence[int]) -
         config = getattr(module, "config", None)
         if config is not None and hasattr(config, "_experts_implementation"):
             config._experts_implementation = "eager"
-    ids = torch.tensor([[*prompt, *tokens[:-1]]])
+    ids = torch.tensor([[*prompt, *tokens[:-1]]], device=next(model.parameters()).device)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -132,20 +139,28 @@ def _compare_choices(result: Parity, original: Tensor, found: Tensor, exact: Ten
         result.reason = "; ".join(filter(None, (result.reason, said)))
 
 
-def bounded(weights: str, original: Tensor, found: Tensor, tokens: Sequence[int]) -> Parity:
-    """The rise of the perplexity of a text, each token of which was fed to both."""
-    before, after = (_perplexity(logits, tokens) for logits in (original, found))
-    rise, limit = after / before - 1, BOUNDS[weights]
-    reason = "" if rise <= limit else f"perplexity {after:.4f} against {before:.4f}"
-    return Parity(
-        rise <= limit, f"BOUNDED: perplexity within {limit:.1%}", len(tokens), _finite(rise), limit, reason=reason
-    )
+def bounded(name: str, original: Tensor, found: Tensor, noisy: Sequence[Tensor], tokens: Sequence[int]) -> Parity:
+    """What the lossy rewrite `name` promises, on a text each token of which was fed to all.
+
+    `noisy` are the logits of the original with random noise of the rewrite's accuracy, one for each draw.
+    """
+    limit = rewrites()[name].bound.perplexity  # type: ignore[union-attr]
+    quality, drawn = _over(original, found, tokens), [_over(original, one, tokens).kl for one in noisy]
+    times, rise = quality.kl / (sum(drawn) / len(drawn) or math.nan), quality.perplexity_ratio - 1
+    reasons = [] if times <= TIMES else [f"it diverges {times:.2f} times as far as noise of its accuracy"]
+    if limit is not None and not rise - CHANCE * quality.rise_error <= limit:
+        reasons.append(f"perplexity {rise:+.2%}, give or take {quality.rise_error:.2%}, promised were {limit:.1%}")
+    result = Parity(not reasons, f"BOUNDED by {name}", len(tokens), _finite(times), TIMES, reason="; ".join(reasons))
+    result.divergence, result.rise, result.standard_error = quality.kl, _finite(rise), _finite(quality.rise_error)
+    return result
+
+
+def _over(original: Tensor, found: Tensor, tokens: Sequence[int]) -> Quality:
+    """Row i of the logits is behind the token before `tokens[i]`."""
+    ids = torch.tensor([[0, *tokens]])
+    padded = [torch.cat((logits.double(), logits[-1:].double()))[None] for logits in (original, found)]
+    return over([(padded[0], padded[1], ids)])
 
 
 def _finite(number: Tensor | float) -> float | None:
     return float(number) if math.isfinite(number) else None
-
-
-def _perplexity(logits: Tensor, tokens: Sequence[int]) -> float:
-    loss = nn.functional.cross_entropy(logits, torch.tensor(tokens))
-    return float(loss.exp())

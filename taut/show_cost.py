@@ -150,6 +150,9 @@ def bench(found: Bench) -> None:
     worst = "not a number" if parity.worst is None else f"{parity.worst:.3g}"
     verdict = "[green]the same model[/green]" if parity.passed else "[red]NOT the same model[/red]"
     console.print(f"{verdict}, {parity.promise}: {parity.steps} steps, worst {worst} (limit {parity.limit:g})")
+    if parity.rise is not None and parity.standard_error is not None:
+        rise = f"perplexity {parity.rise:+.2%}, give or take {parity.standard_error:.2%}"
+        console.print(f"  divergence {parity.divergence:.1e}, {worst} times that of noise as large; {rise}")
     for excuse in parity.excused:
         margin = f"float64 margin {excuse.margin:.1e}, transformers' own error {excuse.error:.1e}"
         console.print(f"  excused: another token at step {excuse.step}, {margin}")

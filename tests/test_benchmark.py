@@ -14,7 +14,7 @@ from taut import benchmark, machine
 from taut.benchmark import Bench, Eager, bench
 from taut.checkpoint import BadInput
 from taut.machine import Figure, Machine
-from taut.parity import BOUNDS, bounded, forced, greedy, in_float64, same_function
+from taut.parity import bounded, forced, greedy, in_float64, same_function
 
 MODEL = Path(__file__).parent.parent / "taut/demo/model"
 SMALL = {"prompt": 8, "tokens": 6, "rounds": 2}
@@ -122,16 +122,36 @@ def test_another_token_is_excused_only_where_float64_is_undecided():
     assert verdict.differing == 1
 
 
-def test_quantized_weights_have_a_bound_on_perplexity():
-    logits = torch.randn(50, 20, dtype=torch.float64)
-    tokens = torch.randint(20, (50,)).tolist()
-    assert bounded("int8", logits, logits, tokens).passed
-    worse = logits.clone()
-    worse[range(50), tokens] -= 0.02
-    verdict = bounded("int8", logits, worse, tokens)
+def test_lossy_weights_are_compared_with_noise_and_with_their_promise():
+    generator = torch.Generator().manual_seed(0)
+    drawn = lambda: torch.randn(400, 20, dtype=torch.float64, generator=generator)  # noqa: E731
+    logits, tokens = drawn(), torch.randint(20, (400,), generator=generator).tolist()
+    noisy = [logits + 0.02 * drawn() for _ in range(4)]
+    assert bounded("int8_weights", logits, logits + 0.02 * drawn(), noisy, tokens).passed
+    worse = bounded("int4_weights", logits, logits + 0.04 * drawn(), noisy, tokens)
+    assert not worse.passed
+    assert worse.worst == pytest.approx(4, rel=0.2)
+    shifted = logits.clone()
+    shifted[range(400), tokens] -= 0.02  # no farther than the noise, but always to the worse
+    verdict = bounded("int8_weights", logits, shifted, noisy, tokens)
     assert not verdict.passed
-    assert verdict.worst > BOUNDS["int8"]
-    assert bounded("int4", logits, worse, tokens).passed
+    assert "promised were 0.5%" in verdict.reason
+    assert bounded("int4_weights", logits, shifted, noisy, tokens).passed
+
+
+def test_a_model_in_taut_form_needs_the_original(tmp_path):
+    import taut
+
+    taut.apply(MODEL, only=["int8_weights"], form="taut", out=tmp_path / "new")
+    with pytest.raises(BadInput, match="does not hold the model") as caught:
+        bench(tmp_path / "new", **SMALL)
+    assert "--against" in caught.value.cure
+    found = bench(tmp_path / "new", against=MODEL, **SMALL)
+    assert found.passed, found.parity
+    assert found.parity.promise == "BOUNDED by int8_weights"
+    assert 0.3 < found.parity.worst < 2
+    assert (found.weights, found.model) == ("int8", str(tmp_path / "new"))
+    assert {row.runner for row in found.rows} == {"transformers", "taut"}
 
 
 def test_bad_input():

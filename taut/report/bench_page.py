@@ -45,6 +45,9 @@ def _parity(found: Bench) -> str:
     worst = "not a number" if parity.worst is None else f"{parity.worst:.3g}"
     pairs = [("verdict", verdict), ("promise", parity.promise), ("steps", f"{parity.steps} on the same tokens")]
     pairs.append(("worst step", f"{worst}, limit {parity.limit:g}"))
+    if parity.rise is not None and parity.standard_error is not None:
+        pairs.append(("divergence", f"{parity.divergence:.1e}, {worst} times that of noise as large"))
+        pairs.append(("perplexity", f"{parity.rise:+.2%}, give or take {parity.standard_error:.2%}"))
     for excuse in parity.excused:
         told = f"step {excuse.step}: float64 margin {excuse.margin:.1e} is below transformers' error {excuse.error:.1e}"
         pairs.append(("excused", told))

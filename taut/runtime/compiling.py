@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from taut.checkpoint.errors import BadInput
+from taut.coded import BITS, with_noise
 from taut.graph import Graph
 from taut.ops._weights import GROUP, quantize
 from taut.runtime.engine import Engine
 from taut.runtime.lower import CannotLower, lower
+from taut.runtime.parts import Convert
 from taut.runtime.placed import gpu
 from taut.runtime.steps import Weight
 
@@ -23,7 +25,6 @@ WINDOW = 2048
 """Positions that a slot has by default, where the model allows as many."""
 
 WIDTHS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-BITS = {"int8": 8, "int4": 4}
 Progress = Callable[[str], None]
 
 
@@ -37,7 +38,7 @@ def compile(
     *,
     max_length: int | None = None,
     max_batch: int = 1,
-    weights: str | None = None,
+    weights: str | Convert | None = None,
     cache_dtype: torch.dtype | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -73,10 +74,12 @@ def compile(
     return engine
 
 
-def converter(weights: str | None) -> Callable[[Tensor], Weight]:
+def converter(weights: str | Convert | None) -> Convert:
     """How matrices are kept. Raises BadInput for an unknown name."""
     if weights is None:
         return Weight
+    if not isinstance(weights, str):
+        return weights
     if weights in WIDTHS:
         return lambda matrix: Weight(matrix.to(WIDTHS[weights]))
     if weights in BITS:
@@ -88,6 +91,17 @@ def _quantized(weights: str, matrix: Tensor) -> Weight:
     if weights == "int4" and matrix.shape[1] % GROUP:
         raise BadInput(f"int4 weights need inputs in groups of {GROUP}, and a layer has {matrix.shape[1]}", "take int8")
     return Weight(*quantize(matrix, BITS[weights]))
+
+
+def noisy(weights: str, seed: int) -> Convert:
+    """Matrices in float32 with random noise of the accuracy that "int8" or "int4" has: what those are compared with."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def convert(matrix: Tensor) -> Weight:
+        fits = weights == "int8" or matrix.shape[1] % GROUP == 0
+        return Weight(with_noise(matrix.float(), BITS[weights], generator) if fits else matrix)
+
+    return convert
 
 
 def window(config: Any, max_length: int | None) -> int:
