@@ -205,6 +205,9 @@ LATER = torch.ones(5, 5, dtype=torch.bool).triu(1)
             lambda m, s: 20.0 * torch.tanh(s * 0.5 / 20.0) + torch.zeros(5, 5).masked_fill(LATER, -1e38),
             (0.5, False, 20.0),
         ),
+        (lambda m, s: (s + NEARER) * 0.5, (0.5, False)),
+        (lambda m, s: (s.masked_fill(LATER, -1e38) * 3.0 + NEARER) / 4.0, (0.75, False)),
+        (lambda m, s: torch.maximum(s * 0.5 + NEARER, torch.full((), -1e38)), (0.5, False)),
     ],
 )
 def test_the_eager_spelling_is_read_as_attention(between, options):
@@ -217,7 +220,7 @@ def test_the_eager_spelling_is_read_as_attention(between, options):
 @pytest.mark.parametrize(
     "between",
     [
-        lambda m, s: (s + torch.ones(5, 5).tril()) * 0.5,  # the mask is scaled too
+        lambda m, s: torch.maximum(s, torch.full((), -10.0)),  # a score may be lower
         lambda m, s: (s * 0.5).masked_fill(LATER, -10.0),  # hidden scores can still be seen
         lambda m, s: torch.relu(s),
     ],

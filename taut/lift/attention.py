@@ -22,6 +22,17 @@ HIDDEN = -1e30
 
 
 @dataclass(frozen=True)
+class Scaled:
+    """What is added times a number."""
+
+    x: Added
+    number: float
+
+
+Added = fx.Node | tuple[fx.Node, float] | Scaled
+
+
+@dataclass(frozen=True)
 class Scores:
     """softcap(q k^T scale) + the sum of `added`, with numbers put in where a mask holds: (mask, number)."""
 
@@ -29,7 +40,7 @@ class Scores:
     k: Any
     scale: float = 1.0
     softcap: float | None = None
-    added: tuple[fx.Node | tuple[fx.Node, float], ...] = ()
+    added: tuple[Added, ...] = ()
     sinks: fx.Node | None = None
 
 
@@ -133,11 +144,19 @@ def _scores(node: Any) -> Scores | None:
         inner = _scores(node.args[0])
         fill = (node.args[1], float(node.args[2]))
         return None if inner is None or inner.sinks is not None else with_(inner, added=(*inner.added, fill))
+    if is_call(node, aten.maximum.default, aten.max.other):
+        floors = [arg for arg in node.args if _is_hidden(arg)]
+        return _scores(node.args[1] if floors[0] is node.args[0] else node.args[0]) if len(floors) == 1 else None
     if is_call(node, aten.sub.Tensor) and _is_maximum(node.args[1], node.args[0]):
         return _scores(node.args[0])
     if is_call(node, aten.cat.default):
         return _with_sink(node)
     return None
+
+
+def _is_hidden(node: Any) -> bool:
+    """A constant so low that a score is raised to it only where it is hidden."""
+    return is_call(node, aten.full.default) and node.args[1] <= HIDDEN
 
 
 def _product_of_q_and_k(node: Any) -> Scores | None:
@@ -165,9 +184,9 @@ def _scaled(node: Any) -> Scores | None:
             return None
         return with_(inner, scale=inner.scale * number, softcap=number)
     inner = _scores(inside)
-    if inner is None or inner.softcap is not None or inner.added or inner.sinks is not None:
+    if inner is None or inner.softcap is not None or inner.sinks is not None:
         return None
-    return with_(inner, scale=inner.scale * factor)
+    return with_(inner, scale=inner.scale * factor, added=tuple(Scaled(part, factor) for part in inner.added))
 
 
 def _is_maximum(node: Any, of: fx.Node) -> bool:
@@ -219,12 +238,18 @@ def _mask(graph: Graph, scores: Scores, before: fx.Node) -> fx.Node | None:
     """One tensor of numbers to add. What is put in where a mask holds is put in there, over what was added before."""
     total: fx.Node | None = None
     for part in scores.added:
-        if isinstance(part, tuple):
-            fill = aten.where.Scalar if total is None else aten.where.ScalarSelf
-            total = graph.insert(fill, (*part, 0.0 if total is None else total), before)
-        else:
-            total = part if total is None else graph.insert(aten.add.Tensor, (total, part), before)
+        total = _with(graph, total, part, before)
     return total
+
+
+def _with(graph: Graph, total: fx.Node | None, part: Added, before: fx.Node) -> fx.Node:
+    """A mask and one part more."""
+    if isinstance(part, tuple):
+        fill = aten.where.Scalar if total is None else aten.where.ScalarSelf
+        return graph.insert(fill, (*part, 0.0 if total is None else total), before)
+    if isinstance(part, Scaled):
+        part = graph.insert(aten.mul.Tensor, (_with(graph, None, part.x, before), part.number), before)
+    return part if total is None else graph.insert(aten.add.Tensor, (total, part), before)
 
 
 def _is_last(axis: int, node: fx.Node) -> bool:

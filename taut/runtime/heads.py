@@ -18,7 +18,7 @@ from taut.ops.rope import rope
 from taut.ops.rope_append import rope_append
 from taut.runtime.parts import Parts
 from taut.runtime.pieces import width
-from taut.runtime.steps import Norm, Rotary
+from taut.runtime.steps import Attend, Norm, Rotary, View
 from taut.runtime.tables import Tables
 
 
@@ -46,6 +46,33 @@ class Heads:
         self.rotaries: dict[Any, Rotary] = {}
         self.plans = {node: self._plan(node) for node in graph.calls(cache_attention)}
         self.absorbed = self._absorbed()
+
+    def attend(self, node: Any, out: str, q: View, k: View | None, v: View | None) -> Attend:
+        """The step of an attention; with no k and v its cache is another's."""
+        plan, names = self.plans[node], ("first", "scale", "softcap", "sinks", "alibi")
+        given = dict(zip(names, node.args[4:], strict=False)) | dict(node.kwargs)
+        sizes = [shape(cache) for cache in plan.caches]
+        first = self.graph.tensors[given["first"].meta["tensor"]] if given.get("first") is not None else None
+        d, scale = sizes[0][3], given.get("scale")
+        return Attend(
+            out=out,
+            q=q,
+            k=k,
+            v=v,
+            layer=plan.layer,
+            heads=shape(node)[1],
+            kv_heads=sizes[0][1],
+            d=d,
+            dv=sizes[1][3],
+            scale=d**-0.5 if scale is None else float(scale),
+            rotary=plan.rotary,
+            q_norm=plan.q_norm,
+            k_norm=None if k is None else plan.k_norm,
+            softcap=given.get("softcap"),
+            first=first if first is not None and bool(first.any()) else None,
+            alibi=self.parts.vector(given.get("alibi")),
+            sinks=self.parts.vector(given.get("sinks")),
+        )
 
     def _plan(self, node: Any) -> Attention:
         q, keys, values = node.args[:3]

@@ -33,7 +33,6 @@ from taut.runtime.parts import Convert, Parts
 from taut.runtime.pieces import Gather, Piece, width
 from taut.runtime.step import TOKEN
 from taut.runtime.steps import (
-    Attend,
     Combine,
     Embed,
     Glu,
@@ -48,6 +47,8 @@ from taut.runtime.steps import (
 from taut.runtime.tables import BY_POSITION, CONSTANT, LIVE, Tables
 
 aten = torch.ops.aten
+EXACT = 1 << 24
+"""Up to which float32 holds every integer."""
 PRODUCTS = (linear, fused_linear, fused_glu, cache_attention, rms_norm, layer_norm)
 
 
@@ -178,7 +179,12 @@ class Lowering:
         return self._row(node)
 
     def _token_row(self) -> View:
-        raise CannotLower("the model does more with its token than to embed it")
+        """The token itself as a number, for what is computed of it: looked up in a table of numbers."""
+        tables = (node.args[0] for node in self.graph.calls(aten.embedding.default) if self._is_token(node.args[1]))
+        known = max((shape(table)[0] for table in tables), default=0)  # type: ignore[arg-type]
+        if not 0 < known <= EXACT:
+            raise CannotLower("the model does more with its token than to embed it")
+        return self._emit(Embed(self._new(1), Weight(torch.arange(float(known))[:, None])))
 
     def _gathered(self, picked: Picked) -> View:
         out = self._new(len(picked.index))
@@ -362,35 +368,11 @@ class Lowering:
 
     def _attention(self, node: Any) -> bool:
         plan = self.heads.plans[node]
-        given = dict(zip(("first", "scale", "softcap", "sinks", "alibi"), node.args[4:], strict=False)) | dict(
-            node.kwargs
-        )
-        keys, values = plan.caches
+        keys = plan.caches[0]
         first_reader = min(keys.users) is node or all(u not in self.at for u in keys.users)
-        new = [self._row(plan.nodes[name]) if first_reader else None for name in ("k", "v")]
-        d, dv = shape(keys)[3], shape(values)[3]
-        scale = given.get("scale")
-        first = self.graph.tensors[given["first"].meta["tensor"]] if given.get("first") is not None else None
-        step = Attend(
-            out=self._new(width(node)),
-            q=self._row(plan.nodes["q"]),
-            k=new[0],
-            v=new[1],
-            layer=plan.layer,
-            heads=shape(node)[1],
-            kv_heads=shape(keys)[1],
-            d=d,
-            dv=dv,
-            scale=d**-0.5 if scale is None else float(scale),
-            rotary=plan.rotary,
-            q_norm=plan.q_norm,
-            k_norm=plan.k_norm if first_reader else None,
-            softcap=given.get("softcap"),
-            first=first if first is not None and bool(first.any()) else None,
-            alibi=self.parts.vector(given.get("alibi")),
-            sinks=self.parts.vector(given.get("sinks")),
-        )
-        self.at[node] = self._emit(step)
+        q = self._row(plan.nodes["q"])
+        k, v = (self._row(plan.nodes[name]) if first_reader else None for name in ("k", "v"))
+        self.at[node] = self._emit(self.heads.attend(node, self._new(width(node)), q, k, v))
         return True
 
 

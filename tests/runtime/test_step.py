@@ -14,6 +14,7 @@ from taut.lift import lift
 from taut.plans import BadPlan, choose
 from taut.proof import AS_GOOD, SAME_FUNCTION
 from taut.rewrite import STEP, TAUT, rewrites
+from taut.rewrites.cache_heads import cache_heads
 from taut.runtime.engine import Engine
 from taut.runtime.lower import lower
 from taut.runtime.plain import PlainRunner
@@ -31,6 +32,8 @@ QUICK = (
     "Phi3ForCausalLM",  # query, key and value in one weight; gate and up too
     "MixtralForCausalLM",  # experts
     "GptOssForCausalLM",  # sinks
+    "DeepseekV3ForCausalLM",  # latent attention, grouped experts
+    "RobertaForCausalLM",  # positions that depend on the token
     "GPTNeoXForCausalLM",  # a parallel block, heads interleaved in one weight, a part of the head turned
 )
 SLOW = (
@@ -53,6 +56,10 @@ SLOW = (
     "GPTBigCodeForCausalLM",
     "NemotronForCausalLM",
     "PersimmonForCausalLM",
+    "CodeGenForCausalLM",  # neighbours turned, scaled after the mask
+    "DiffLlamaForCausalLM",  # two attentions over one cache
+    "MiniCPM3ForCausalLM",
+    "BertLMHeadModel",
 )
 LENGTH, STEPS = 64, 64
 CLASSES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
@@ -63,6 +70,9 @@ def built(name: str):
     import transformers
 
     model = tiny_model(getattr(transformers, name))
+    if getattr(model.config, "is_decoder", None) is False:
+        model.config.is_decoder = True
+        model = tiny_model(type(model), model.config)
     if hasattr(model.config, "_experts_implementation"):
         model.set_experts_implementation("eager")  # the grouped products know no float64
     return model
@@ -98,6 +108,8 @@ def error(logits: Tensor, true: Tensor) -> float:
 def test_fusing_keeps_the_function(name):
     """In true float64, on a cache of random keys and values."""
     graph, fused = lift(tidied(step(name))), prepared(step(name))
+    if cache_heads.find(graph, STEP):
+        pytest.skip("its caches hold something else afterwards: see tests/rewrites/test_cache_heads.py")
     generator = torch.Generator().manual_seed(0)
     inputs = {key: torch.randn(node.meta["val"].shape, generator=generator) for key, node in _inputs(graph).items()}
     inputs |= {"token": torch.tensor([[5]]), "position": torch.tensor([40])}
