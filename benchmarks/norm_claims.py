@@ -1,0 +1,214 @@
+"""What published claims about norms come to on a GPU, each against an honest and against its own kind of baseline.
+
+    python benchmarks/norm_claims.py [--out benchmarks/results/h200/norm_claims.json]
+
+- MXNorm and 8-bit rows: norm and quantizer as one kernel against a compiled norm and a compiled quantizer, and against
+  both compiled together; for 8-bit rows also with the product behind them.
+- LayerNorm against RMSNorm, both compiled.
+- FlashNorm's own protocol (norm, then project, float16): an unfused norm as in its notebook, a compiled one, and its
+  deferred form on two streams, called one by one and as CUDA graphs.
+
+Everything but the last "called one by one" is a CUDA graph of calls on inputs of their own, replayed in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from taut.formats.microscaling import in_blocks
+from taut.nn.norm.mx import gaussian_constant
+from taut.ops._triton.timing import copies_for, microseconds
+from taut.ops.mx_norm import mx_norm
+from taut.ops.norm_fp8 import norm_fp8
+
+EPS, LARGEST = 1e-6, 448.0
+C = gaussian_constant(2, 32)
+
+
+def timed(ways: dict[str, Callable[[Tensor], object]], tokens: int, d: int, dtype=torch.bfloat16) -> dict[str, float]:
+    copies = copies_for(4 * tokens * d, least=4, most=64)
+    xs = [torch.randn(tokens, d, device="cuda").to(dtype) for _ in range(copies)]
+    calls = [lambda i, way=way: way(xs[i]) for way in ways.values()]
+    return {name: round(us, 2) for name, us in zip(ways, microseconds(calls, copies, 15), strict=True)}
+
+
+def compiled(way: Callable) -> Callable:
+    return torch.compile(way, dynamic=False)
+
+
+def rms(x: Tensor) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], eps=EPS)
+
+
+def mx_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """MXFP8 in as few operations as torch has for it."""
+    blocks = in_blocks(x.float(), 32)
+    top = blocks.abs().amax(-1, keepdim=True)
+    exponent = (((top.view(torch.int32) >> 23) & 255) - 127 - 8).clamp(-126, 127)
+    scale = ((127 - exponent) << 23).view(torch.float32)
+    codes = (blocks * scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+    return (exponent + 127).to(torch.uint8).squeeze(-1), codes.flatten(-2)
+
+
+def fp8_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    scale = x.float().abs().amax(-1, keepdim=True).clamp_min(1e-30) / LARGEST
+    return (x.float() / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale
+
+
+def mx_rows() -> list[dict]:
+    rows = []
+    for d in (4096, 8192):
+        for tokens in (256, 1024, 4096, 16384):
+            torch._dynamo.reset()
+            norm, quantize, both = compiled(rms), compiled(mx_quantize), compiled(lambda x: mx_quantize(rms(x)))
+            ways = {
+                "one kernel": lambda x: mx_norm(x, C, EPS, impl="triton"),
+                "one kernel, exact": lambda x: mx_norm(x, C, EPS, True, impl="triton"),
+                "norm, then quantizer": lambda x, q=quantize, n=norm: q(n(x)),
+                "compiled together": both,
+            }
+            x = torch.randn(64, d, device="cuda").bfloat16()
+            scales, codes = mx_norm(x, C, EPS, True, impl="triton")
+            wanted = mx_norm.reference(x, C, EPS, True)
+            differ = (codes != wanted[1]).float().mean().item() + (scales != wanted[0]).float().mean().item()
+            assert differ < 1e-3, differ
+            us = timed(ways, tokens, d)
+            gain = round(us["norm, then quantizer"] / us["one kernel"], 2)
+            rows.append({"tokens": tokens, "d": d, "us": us, "gain": gain})
+            print("mx", rows[-1], flush=True)
+    return rows
+
+
+def fp8_rows() -> list[dict]:
+    rows = []
+    for k, n, counts in ((4096, 6144, (1024, 4096, 16384)), (8192, 10240, (4096,))):
+        weight = fp8_quantize(torch.randn(n, k, device="cuda"))
+        for tokens in counts:
+            torch._dynamo.reset()
+            norm, quantize = compiled(rms), compiled(fp8_quantize)
+            product = lambda a, s, w=weight: torch._scaled_mm(  # noqa: E731
+                a, w[0].T, s, w[1].T, out_dtype=torch.bfloat16
+            )
+
+            def absorbed(x: Tensor) -> tuple[Tensor, Tensor]:
+                codes, scale = norm_fp8(x, EPS, impl="triton")
+                return codes.view(torch.float8_e4m3fn), scale[:, None]
+
+            apart = lambda x, q=quantize, n=norm: q(n(x))  # noqa: E731
+            fixed = fp8_quantize(torch.randn(tokens, k, device="cuda"))
+            ways = {
+                "one kernel": absorbed,
+                "norm, then quantizer": apart,
+                "one kernel, product": lambda x, p=product: p(*absorbed(x)),
+                "norm, then quantizer, product": lambda x, p=product, a=apart: p(*a(x)),
+                "product": lambda x, p=product, q=fixed: p(*q),
+            }
+            x = torch.randn(tokens, k, device="cuda").bfloat16()
+            values, wanted = (q.float() * s for q, s in (absorbed(x), fp8_quantize(rms(x.float()))))
+            off = ((values - wanted).norm() / wanted.norm()).item()
+            us = timed(ways, tokens, k)
+            gains = [us["norm, then quantizer" + end] / us["one kernel" + end] for end in ("", ", product")]
+            rows.append({"tokens": tokens, "k": k, "n": n, "us": us, "off": off, "gains": [round(g, 3) for g in gains]})
+            print("fp8", rows[-1], flush=True)
+    return rows
+
+
+def layer_rows() -> list[dict]:
+    rows = []
+    for d in (2048, 8192):
+        for tokens in (16, 1024, 16384):
+            torch._dynamo.reset()
+            gain, bias = torch.rand(d, device="cuda").bfloat16(), torch.rand(d, device="cuda").bfloat16()
+            ways = {
+                "LayerNorm": compiled(lambda x, g=gain, b=bias: F.layer_norm(x, g.shape, g, b, EPS)),
+                "RMSNorm": compiled(lambda x, g=gain: F.rms_norm(x, g.shape, g, EPS)),
+            }
+            us = timed(ways, tokens, d)
+            rows.append({"tokens": tokens, "d": d, "us": us, "gain": round(us["LayerNorm"] / us["RMSNorm"], 3)})
+            print("layer", rows[-1], flush=True)
+    return rows
+
+
+def one_by_one(calls: list[Callable], repeats: int = 60) -> list[float]:
+    """Microseconds of a call, each between two events, the median."""
+    found: list[list[float]] = [[] for _ in calls]
+    for _ in range(repeats):
+        for call, seen in zip(calls, found, strict=True):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            seen.append(1e3 * start.elapsed_time(end))
+    return [statistics.median(seen[10:]) for seen in found]
+
+
+def flash_rows() -> list[dict]:
+    rows = []
+    for n, k, counts in ((576, 960, (1, 4096, 8192)), (4096, 4096, (1, 1024, 4096))):
+        weight, gain = torch.randn(k, n, device="cuda").half() / n**0.5, torch.ones(n, device="cuda").half()
+        for tokens in counts:
+            torch._dynamo.reset()
+            side = torch.cuda.Stream()
+
+            def unfused(x: Tensor, w: Tensor = weight, g: Tensor = gain) -> Tensor:
+                inverse = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + EPS).half()
+                return F.linear(x * inverse * g, w)
+
+            fused = compiled(lambda x, w=weight, g=gain: F.linear(F.rms_norm(x, g.shape, g, EPS), w))
+            inverse = compiled(lambda x: torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + EPS))
+            scaled = compiled(lambda y, s: (y * s).half())
+
+            def deferred(x: Tensor, w: Tensor = weight, side=side, inverse=inverse, scaled=scaled) -> Tensor:
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):
+                    s = inverse(x)
+                y = F.linear(x, w)
+                torch.cuda.current_stream().wait_stream(side)
+                return scaled(y, s)
+
+            ways = {"unfused": unfused, "compiled": fused, "deferred, two streams": deferred}
+            x = torch.randn(tokens, n, device="cuda").half()
+            calls = [lambda way=way, x=x: way(x) for way in ways.values()]
+            for call in calls:
+                call()
+            alone = dict(zip(ways, one_by_one(calls), strict=True))
+            us = timed(ways, tokens, n, torch.float16)
+            percent = {
+                f"{kind}, over {base}": round(100 * (1 - times["deferred, two streams"] / times[base]), 1)
+                for kind, times in (("one by one", alone), ("graphs", us))
+                for base in ("unfused", "compiled")
+            }
+            alone = {name: round(t, 2) for name, t in alone.items()}
+            rows.append({"tokens": tokens, "n": n, "k": k, "one by one": alone, "graphs": us, "saved, %": percent})
+            print("flash", rows[-1], flush=True)
+    return rows
+
+
+PARTS = {"mx_norm": mx_rows, "norm_fp8": fp8_rows, "layer_norm": layer_rows, "flash_norm": flash_rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/h200/norm_claims.json"))
+    arguments = parser.parse_args()
+    record = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    for name, part in PARTS.items():
+        try:
+            record[name] = part()
+        except Exception as error:
+            record[name] = f"{type(error).__name__}: {error}"
+            print(name, record[name], flush=True)
+        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
