@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import Queue
 from typing import TYPE_CHECKING, Any, Protocol
 
 from taut.checkpoint import BadInput, open_checkpoint
@@ -191,22 +193,60 @@ def _transformers_tokenizer(folder: Path) -> Any:
 def with_transformers(
     model: str | Path, ids: list[int], tokenizer: Tokenizer, max_new_tokens: int, spent: Spent, **options: Any
 ) -> Iterator[str]:
-    """The same from transformers' own generate, for models whose step taut cannot compile."""
+    """The same from transformers' own generate, for models whose step taut cannot compile.
+
+    Raises BadInput for a checkpoint in taut form, which transformers cannot load.
+    """
+    if ((open_checkpoint(model).prior.record or {}).get("plan") or {}).get("form") == "taut":
+        raise BadInput(f"{model} is in taut form, which transformers cannot load", "generate from the original")
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(options.pop("seed", 0))
     drawn = {name: value for name, value in options.items() if value is not None}
     sampling = {"do_sample": True, **drawn} if drawn.get("temperature") else {"do_sample": False}
-    folder = _folder(model)
-    own: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-    streamer: Any = TextIteratorStreamer(AutoTokenizer.from_pretrained(folder), skip_prompt=True)
-    prompt = torch.tensor([ids])
-    given = {"inputs": prompt, "max_new_tokens": max_new_tokens, "streamer": streamer, **sampling}
-    begun = time.perf_counter()
-    threading.Thread(target=own.generate, kwargs=given, daemon=True).start()
+    own: Any = AutoModelForCausalLM.from_pretrained(_folder(model), dtype="auto").eval()
+    given = {"inputs": torch.tensor([ids]), "max_new_tokens": max_new_tokens, **sampling}
+    tokens = _streamed(lambda streamer: own.generate(**given, streamer=streamer))
     spent.prompt_tokens = len(ids)
-    for piece in streamer:
-        spent.tokens += bool(piece)
-        spent.seconds = time.perf_counter() - begun
-        yield piece
+    yield from pieces(_timed(itertools.islice(tokens, len(ids), None), max_new_tokens, spent), tokenizer)
+
+
+def _streamed(run: Callable[[Any], Any]) -> Iterator[int]:
+    """The tokens that transformers' generate hands to a streamer, the prompt's first; it runs in a thread."""
+    from transformers.generation.streamers import BaseStreamer
+
+    found: Queue[Any] = Queue()
+
+    class Streamer(BaseStreamer):
+        def put(self, value: Any) -> None:
+            for token in value.flatten().tolist():
+                found.put(token)
+
+        def end(self) -> None:
+            pass
+
+    def work() -> None:
+        try:
+            run(Streamer())
+            found.put(None)
+        except Exception as error:
+            found.put(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    while isinstance(token := found.get(), int):
+        yield token
+    if token is not None:
+        raise token
+
+
+def _timed(tokens: Iterator[int], most: int, spent: Spent) -> Iterator[int]:
+    begun = time.perf_counter()
+    for token in tokens:
+        now = time.perf_counter()
+        if not spent.tokens:
+            spent.prompt_seconds, begun = now - begun, now
+        spent.tokens += 1
+        spent.seconds = now - begun
+        yield token
+    spent.ended = "length" if spent.tokens == most else "stop"

@@ -6,13 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
 from typer.testing import CliRunner
 
 import taut
-from taut import generation, show_text
+from taut import generation
 from taut.checkpoint import BadInput
 from taut.cli import app
 from taut.shrink import tiny_model
@@ -89,18 +90,65 @@ def test_an_interrupt_ends_cleanly_and_still_says_what_it_took(monkeypatch):
     assert "tokens/s" in done.stdout.splitlines()[-1]
 
 
-def test_what_cannot_be_compiled_falls_back_aloud_on_the_command_line_only(tmp_path):
-    model = tiny_model(transformers.MambaForCausalLM)
-    model.config.vocab_size = model.get_input_embeddings().num_embeddings
-    model.save_pretrained(tmp_path)
-    (tmp_path / "tokenizer.json").write_bytes((DEMO / "tokenizer.json").read_bytes())
-    (tmp_path / "tokenizer_config.json").write_bytes((DEMO / "tokenizer_config.json").read_bytes())
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory) -> Path:
+    """A checkpoint whose step cannot be compiled, with a tokenizer."""
+    folder = tmp_path_factory.mktemp("refused")
+    model: Any = tiny_model(transformers.MambaForCausalLM)
+    model.resize_token_embeddings(len(transformers.AutoTokenizer.from_pretrained(DEMO)))
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((DEMO / name).read_bytes())
     with pytest.raises(BadInput, match="cannot be exported"):
-        taut.compile(tmp_path)
-    text = show_text.Text(str(tmp_path), "a", False, {}, {"max_new_tokens": 3})
-    text.open(lambda what: None)
-    assert text.fallback
-    assert "MambaForCausalLM" in text.fallback
+        taut.compile(folder)
+    return folder
+
+
+def test_what_cannot_be_compiled_falls_back_aloud_on_the_command_line(refused):
+    done = run(str(refused), "--prompt", PROMPT, "--max-new-tokens", "7")
+    assert done.exit_code == 0
+    assert "taut cannot compile this model, so transformers generates" in done.stderr
+    assert "MambaForCausalLM" in done.stderr
+    *said, last = done.stdout.rstrip().splitlines()
+    assert "tokens/s" in last
+    assert "GB/s" not in last  # who cannot say what was read, says nothing
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(refused, dtype="auto").eval()
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(refused)
+    prompt = tokenizer(PROMPT, return_tensors="pt")
+    whole = model.generate(**prompt, max_new_tokens=7, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert "\n".join(said).strip() == tokenizer.decode(whole).strip()
+
+
+def test_the_fallback_draws_and_tells_as_one_object(refused):
+    drawn = (
+        "--max-new-tokens",
+        "6",
+        "--temperature",
+        "0.9",
+        "--top-k",
+        "20",
+        "--top-p",
+        "0.9",
+        "--seed",
+        "5",
+        "--json",
+    )
+    one, two = (json.loads(run(str(refused), "--prompt", PROMPT, *drawn).stdout) for _ in range(2))
+    assert one["text"] == two["text"]
+    assert "cannot be exported" in one["fallback"]
+    assert 0 < one["tokens"] <= 6
+
+
+def test_in_python_nothing_falls_back(refused):
+    with pytest.raises(BadInput, match="cannot be exported"):
+        list(taut.generate(refused, PROMPT, max_new_tokens=2))
+
+
+def test_the_fallback_cannot_load_taut_form(refused, tmp_path):
+    taut.apply(refused, form="taut", out=tmp_path / "new")
+    done = run(str(tmp_path / "new"), "--prompt", PROMPT)
+    assert done.exit_code == 2
+    assert "in taut form, which transformers cannot load" in done.stderr
 
 
 def test_a_character_of_several_tokens_comes_whole():
