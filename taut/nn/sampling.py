@@ -17,10 +17,13 @@ import torch
 from torch import Tensor
 
 from taut.ops import _gpu
+from taut.ops.inv_rms import inv_rms
 
 WORD = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+MOST_KEPT = 1024
+"""The greatest k that the GPU kernels take."""
 
 
 class Sample(NamedTuple):
@@ -73,23 +76,27 @@ def sample_lm_head(
     *,
     step: int = 0,
     tile: int = 4096,
+    eps: float | None = None,
 ) -> Sample:
     """Draw a token for each row from softmax(h weight^T / temperature), `tile` tokens of the vocabulary at a time.
 
     h: [batch, d]; weight: [vocab, d]; temperature: a number or [batch], where 0 means the most likely token; mask: bool
     [vocab] or [batch, vocab], True where a token is allowed; k: keep the k most likely only (the lower index first
-    among equals). The same seed and step (say, the position) give the same ids for every `tile`. On a GPU with Triton,
-    16-bit inputs without a k take one kernel whose logits are summed in float32. Raises ValueError for
-    a negative temperature, for k below 1 and where a row allows no token.
+    among equals); eps: draw from the logits of rms_norm(h, eps=eps), the model's final norm, whose gain is in the
+    weight: its scalar is one more temperature a row. The same seed and step (say, the position) give the same ids for
+    every `tile`. On a GPU with Triton, 16-bit inputs take kernels whose logits are summed in float32, unless k is above
+    1024. Raises ValueError for a negative temperature, for k below 1 and where a row allows no token.
     """
     batch, vocab = h.shape[0], weight.shape[0]
     temperature = torch.as_tensor(temperature, dtype=torch.float32, device=h.device).expand(batch)
     mask = None if mask is None else mask.expand(batch, vocab)
     _check(temperature, mask, k)
-    if k is None and _gpu.refuses_product(h, (weight,), (), mask) is None:
+    if (k or 1) <= MOST_KEPT and _gpu.refuses_product(h, (weight,), (), mask) is None:
         signed = (seed & 2**64 - 1) - (seed & 2**63) * 2
         key = torch.tensor([signed, step & WORD], device=h.device)
-        return Sample(*_gpu.kernel("launch", "sample_lm_head")(h, weight, temperature.contiguous(), key, mask))
+        draw = _gpu.kernel("launch", "sample_lm_head")
+        return Sample(*draw(h, weight, temperature.contiguous(), key, mask, eps, top_k=k))
+    h = h if eps is None else h.double() * inv_rms.reference(h.double(), eps)
     tiles = _tiles(h, weight, temperature, mask, (seed, step), tile)
     return _running_best(tiles) if k is None else _running_top(tiles, k)
 

@@ -82,6 +82,8 @@ def _(x, weight, gain=None, bias=None, eps=1e-6, residual=None, scale=None):
 def _triton_fits(x, weight, gain=None, bias=None, eps=1e-6, residual=None, scale=None) -> Reason:
     if isinstance(eps, Tensor):
         return "eps is a tensor"
+    if gain is not None and _gpu.many(x):
+        return "a gain that is not folded into the weight, and many tokens"
     reason = _gpu.refuses_product(x, (weight,), (scale,), gain, bias, residual)
     return reason or _gpu.slower("linear", x, weight)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import subprocess
@@ -21,16 +22,14 @@ from taut.ops.norm_glu import norm_glu
 from taut.ops.norm_linear import norm_linear
 from taut.ops.rms_norm import rms_norm
 
-INTERPRETED = Path(__file__).with_name("triton_cases.py")
+CASES = Path(__file__).with_name("triton_cases.py")
 
 
-@pytest.fixture(scope="module")
-def cases() -> list[tuple[str, float, float]]:
+@functools.cache
+def cases(device: str) -> list[tuple[str, float, float]]:
     """(name, error, plain error in the working dtype) of every case, from one process."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("TRITON KERNELS NOT TESTED: Triton is not installed")
-    where = dict(os.environ, TRITON_INTERPRET="1")
-    done = subprocess.run([sys.executable, str(INTERPRETED)], capture_output=True, text=True, env=where, check=False)
+    where = dict(os.environ, TRITON_INTERPRET="1" if device == "cpu" else "0")
+    done = subprocess.run([sys.executable, CASES, device], capture_output=True, text=True, env=where, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = (line.rsplit(" ", 2) for line in done.stdout.splitlines())
     return [(name, float(error), float(plain)) for name, error, plain in lines]
@@ -52,21 +51,18 @@ def cases() -> list[tuple[str, float, float]]:
         ("norm_slopes", 4),
         ("glu_slopes", 16),
         ("decode", 9),
+        ("sample", 6),
+        ("kept", 4),
     ],
 )
-def test_kernels_are_as_accurate_as_plain_code(cases, kernel: str, count: int):
-    found = [case for case in cases if case[0].startswith(kernel)]
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_kernels_are_as_accurate_as_plain_code(kernel: str, count: int, device: str):
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("TRITON KERNELS NOT TESTED: Triton is not installed")
+    found = [case for case in cases(device) if case[0].startswith(kernel)]
     assert len(found) == count
     for name, error, plain in found:
         assert error <= 2 * plain + torch.finfo(torch.float32).eps, name
-
-
-def test_draws_are_those_of_the_reference(cases):
-    """The ids are compared where they are drawn; here the normalisers, whose logits are summed in another order."""
-    found = [case for case in cases if case[0].startswith("sample")]
-    assert len(found) == 6
-    for name, error, plain in found:
-        assert error <= 2 * plain + 8 * torch.finfo(torch.float32).eps, name
 
 
 def test_refuses_in_words_without_a_gpu():
@@ -197,6 +193,24 @@ def test_draws_on_a_gpu_are_those_of_float64():
     torch.manual_seed(0)
     h, weight = torch.randn(5, 64, device="cuda").bfloat16(), torch.randn(1003, 64, device="cuda").bfloat16() * 0.2
     heat, mask = torch.tensor([0, 1.0, 0.5, 2, 1], device="cuda"), torch.rand(1003, device="cuda") > 0.3
-    for seed in (0, 2**64 - 5):
-        drawn = sample_lm_head(h, weight, heat, mask, seed, step=7)
-        assert torch.equal(drawn.ids, sample_lm_head(h.double(), weight.double(), heat, mask, seed, step=7).ids)
+    for seed, k, eps in ((0, None, None), (2**64 - 5, None, 1e-5), (3, 5, None), (4, 60, 1e-5), (5, 700, None)):
+        drawn = sample_lm_head(h, weight, heat, mask, seed, k, step=7, eps=eps)
+        expected = sample_lm_head(h.double(), weight.double(), heat, mask, seed, k, step=7, eps=eps)
+        assert torch.equal(drawn.ids, expected.ids)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [[4096], [9000, 0, 1, 300], [4096] * 16], ids=lambda t: f"{len(t)} of {t[0]}")
+def test_attention_repeats_itself(lengths: list[int]):
+    torch.manual_seed(0)
+    rows, q = len(lengths), torch.randn(len(lengths), 32, 128, device="cuda").bfloat16()
+    k, v = torch.randn(2, rows, 8, max(lengths), 128, device="cuda").bfloat16()
+    on_device = torch.tensor(lengths, device="cuda")
+    truth = decode_attention.reference(q.double(), k.double(), v.double(), on_device)
+    mask = (torch.arange(max(lengths), device="cuda") < on_device[:, None])[:, None, None]
+    plain = F.scaled_dot_product_attention(q[:, :, None], k, v, mask, enable_gqa=True)[:, :, 0].nan_to_num()
+    first, wrong = decode_attention(q, k, v, on_device, impl="triton"), torch.zeros((), device="cuda")
+    assert (first.double() - truth).norm() <= 2 * (plain.double() - truth).norm()
+    for _ in range(100):
+        wrong += (decode_attention(q, k, v, on_device, impl="triton") != first).any()
+    assert wrong == 0

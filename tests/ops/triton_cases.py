@@ -1,4 +1,5 @@
-"""Runs in a process of its own with Triton's interpreter switched on: every kernel, by one configuration a path.
+"""Runs in a process of its own with Triton's interpreter switched on: every kernel, by one configuration a path. With
+the name of a device as its argument it runs there, compiled.
 
 Prints a line `name error plain_error` a case. Inputs are float16 and outputs float32: the interpreter multiplies no
 bfloat16, and truncates where it stores it. Outputs are NaN before.
@@ -6,6 +7,7 @@ bfloat16, and truncates where it stores it. Outputs are NaN before.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -15,7 +17,7 @@ from taut.nn import sampling
 from taut.ops._activation import ACTIVATIONS
 from taut.ops._triton import grads
 from taut.ops._triton.heads import rope_append
-from taut.ops._triton.launch import Attention, Config, decode_attention, project, sample_lm_head
+from taut.ops._triton.launch import Attention, Config, argmax_lm_head, decode_attention, project, sample_lm_head
 from taut.ops._triton.rows import add_norm_rows, add_rows, argmax_rows, glu_rows, norm_rows, row_squares
 from taut.ops.add_rms_norm import add_rms_norm
 from taut.ops.decode_attention import decode_attention as attention
@@ -29,10 +31,10 @@ from taut.ops.rope import rope
 
 Case = tuple[str, Tensor, Tensor, Tensor]
 """(name, result, truth, plain result)."""
-MATVEC, SPLIT = Config(4, 0, 64), Config(16, 16, 32, 2)
-WHOLE, WIDE = Config(32, 16, 32), Config(64, 64, 64)
+MATVEC, SPLIT = Config(4, 0, 64), Config(16, 16, 32, 2, 3)
+WHOLE, WIDE = Config(32, 16, 32, 1, 3), Config(64, 64, 64, 1, 3)
 PRODUCTS = [(1, 77, 30, MATVEC), (1, 128, 33, Config(8, 0, 128)), (3, 72, 50, WHOLE), (5, 77, 50, SPLIT)]
-PRODUCTS += [(20, 128, 70, WIDE), (2, 200, 17, Config(16, 16, 64, 3)), (70, 64, 40, WIDE)]
+PRODUCTS += [(20, 128, 70, WIDE), (2, 200, 17, Config(16, 16, 64, 3, 3)), (70, 64, 40, WIDE)]
 
 
 def make(*size: int) -> Tensor:
@@ -170,23 +172,62 @@ def decoding() -> Iterator[Case]:
 
 
 def draws() -> Iterator[Case]:
+    """The ids are compared here; what is reported is the logarithm of the sum of exp of the logits."""
     h, weight, heat = make(5, 64), make(1003, 64) * 0.2, torch.tensor([0, 1.0, 0.5, 2, 1])
-    mask = torch.rand(5, 1003) > 0.3
+    mask, config = torch.rand(5, 1003) > 0.3, Config(128, 16, 32, 1, 2)
     for seed, step in ((0, 0), (2**40 + 12345, 7), (2**63 - 5, 2**31 - 3)):
         for allowed in (None, mask):
             expected = sampling.sample_lm_head(h, weight, heat, allowed, seed, step=step)
-            key = torch.tensor([seed, step])
-            ids, log_z = sample_lm_head(h, weight, heat, key, allowed, None, Config(128, 16, 32, 1, 2))
+            ids, log_z = sample_lm_head(h, weight, heat, torch.tensor([seed, step]), allowed, None, config)
             assert torch.equal(ids, expected.ids), (seed, step, ids, expected.ids)
-            yield f"sample {seed}", log_z, expected.log_z.double(), expected.log_z
-    scale = (h.double().square().mean(-1) + 1e-2).sqrt()
-    expected = sampling.sample_lm_head(h, weight, heat * scale, seed=3)
-    ids, _ = sample_lm_head(h, weight, heat, torch.tensor([3, 0]), None, 1e-2, Config(128, 16, 32, 1, 2))
+            yield f"sample {seed}", log_z, *_log_z(h, weight, heat, allowed)
+    expected = sampling.sample_lm_head(h, weight, heat, seed=3, eps=1e-2)
+    ids, _ = sample_lm_head(h, weight, heat, torch.tensor([3, 0]), None, 1e-2, config)
     assert torch.equal(ids, expected.ids)
+    assert torch.equal(argmax_lm_head(h, weight, config), (h.double() @ weight.double().T).argmax(-1))
+
+
+def _log_z(
+    h: Tensor, weight: Tensor, heat: Tensor, allowed: Tensor | None, k: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """In float64 and in float32."""
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        logits = h.to(dtype) @ weight.to(dtype).T / torch.where(heat > 0, heat, 1)[:, None]
+        logits = logits if allowed is None else logits.masked_fill(~allowed, float("-inf"))
+        found.append((logits if k is None else logits.topk(k).values).logsumexp(-1))
+    return found[0], found[1]
+
+
+def kept() -> Iterator[Case]:
+    """Few and many of the greatest logits; then equal ones in several tiles, of which the lowest ids are kept."""
+    h, weight, heat, config = (
+        make(5, 32),
+        make(201, 32) * 0.2,
+        torch.tensor([0, 1.0, 0.5, 2, 1]),
+        Config(32, 16, 32, 1, 2),
+    )
+    mask, key = torch.rand(5, 201) > 0.3, torch.tensor([2**40 + 1, 7])
+    for k, eps in ((1, None), (5, None), (50, 1e-2)):
+        expected = sampling.sample_lm_head(h, weight, heat, mask, 2**40 + 1, k, step=7, eps=eps)
+        ids, log_z = sample_lm_head(h, weight, heat, key, mask, eps, config, k)
+        assert torch.equal(ids, expected.ids), (k, ids, expected.ids)
+        if eps is None:
+            yield f"kept {k}", log_z, *_log_z(h, weight, heat, mask, k)
+    h, weight, ones = torch.ones(2, 16).half(), torch.ones(100, 16).half(), torch.ones(2)
+    weight[[3, 40, 41, 90]] = 2
+    config = Config(32, 16, 16, 1, 2)
+    for k in (2, 7):
+        expected = sampling.sample_lm_head(h, weight, ones, seed=5, k=k, step=6)
+        ids, log_z = sample_lm_head(h, weight, ones, torch.tensor([5, 6]), None, None, config, k)
+        assert torch.equal(ids, expected.ids)
+        yield f"kept {k} of equals", log_z, *_log_z(h, weight, ones, None, k)
+    assert argmax_lm_head(h, weight, config).tolist() == [3, 3]
 
 
 if __name__ == "__main__":
+    torch.set_default_device(sys.argv[1] if len(sys.argv) > 1 else "cpu")
     torch.manual_seed(0)
-    for part in (products, summed, rows, turning, slopes, decoding, draws):
+    for part in (products, summed, rows, turning, slopes, decoding, draws, kept):
         for case in part():
             report(*case)

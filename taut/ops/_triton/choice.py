@@ -18,7 +18,7 @@ import torch
 from taut.ops._triton.launch import Config
 from taut.user_cache import user_cache
 
-BUCKETS = (1, 16, 64)
+BUCKETS = (1, 16, 64, 256, 1024)
 """Token counts that are measured; a product of fewer tokens takes the next one's row."""
 
 

@@ -118,22 +118,29 @@ def _even(t: Tensor) -> bool:
     return t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 and t.shape[1] % 8 == 0 and t.stride(1) == 1
 
 
+def _aligned(t: Tensor) -> bool:
+    """Whether every row of features begins at a multiple of 16 bytes."""
+    return t.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in t.stride()[:-1])
+
+
 def _source(t: Tensor, rows: int, config: Config, tma: bool) -> Tensor | TensorDescriptor:
     return TensorDescriptor.from_tensor(t, [rows, config.inputs]) if tma else t
 
 
 class Attention(NamedTuple):
-    """Keys a tile, programs a multiprocessor, pipeline stages and warps of the decode attention kernel."""
+    """Keys a tile, programs a multiprocessor, pipeline stages and warps of the decode attention kernel, and how many
+    keys a program asks for, by the second-level cache, while the kernel before it ends."""
 
     keys: int = 64
     programs: int = 1
     stages: int = 4
     warps: int = 4
+    ahead: int = 256
 
 
-FEW_KEYS, MANY_KEYS = Attention(stages=3), Attention(stages=4)
-ENOUGH = 2**16
-"""Keys of all heads from which more stages in flight pay."""
+FEW_KEYS, SOME_KEYS, MANY_KEYS = Attention(64, 1, 3, 4), Attention(64, 1, 4, 4), Attention(64, 2, 3, 4)
+FEW, SOME = 2**16, 2**18
+"""Keys of all heads up to which the first and the second configuration are the fastest."""
 HEAD = Config(64, 64, 64, 1, 6, 4)
 HEAD_OF_FEW = Config(128, 16, 128, 1, 3, 4)
 
@@ -151,7 +158,9 @@ def decode_attention(
 ) -> Tensor:
     """Write the attention of q [batch, heads, d] into y and return it; k and v as in the op, features contiguous."""
     (batch, heads, d), kv_heads, pdl = q.shape, k.shape[1], not interpreted()
-    config = config or (FEW_KEYS if k[..., 0].numel() <= ENOUGH else MANY_KEYS)
+    room = k[..., 0].numel()
+    config = config or (FEW_KEYS if room <= FEW else SOME_KEYS if room <= SOME else MANY_KEYS)
+    aligned = table is None and d % 8 == 0 and all(_aligned(t) for t in (k, v))
     if processors is None:
         processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     programs, group = processors * config.programs, heads // kv_heads
@@ -162,7 +171,8 @@ def decode_attention(
     lean.attend[(programs,)](
         *(q, k, v, lengths, table, y, scratch, batch, kv_heads),
         *(k.shape[2], 0 if table is None else table.stride(0), *k.stride()[:3], *v.stride()[:3], scale),
-        *(rounded, group, triton.next_power_of_2(max(group, 16)), d, width, config.keys, pdl),
+        *(rounded, group, triton.next_power_of_2(max(group, 16)), d, width, config.keys),
+        *(config.ahead if aligned else 0, pdl),
         **started,
     )
     lean.merge[(batch * kv_heads, group)](
@@ -180,30 +190,80 @@ def sample_lm_head(
     mask: Tensor | None = None,
     eps: float | None = None,
     config: Config | None = None,
+    top_k: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(ids int64 [batch], log of the sum of exp of the logits, float32 [batch]) of x weight^T / temperature.
 
     x: [batch, k]; weight: [vocabulary, k]; temperature: float32 [batch], 0 for the most likely token; key: int64 [2] on
-    the device, seed and step; mask: bool [batch, vocabulary]. With `eps` the logits are rms_norm(x)'s.
+    the device, seed and step; mask: bool [batch, vocabulary]. With `eps` the logits are rms_norm(x)'s; with `top_k`, at
+    most 1024, only so many of the greatest take part, the lower id first among equals.
     """
+    best = torch.empty(len(x), dtype=torch.int64, device=x.device)
+    log_z = torch.empty(len(x), dtype=torch.float32, device=x.device)
     config = config or (HEAD_OF_FEW if len(x) <= HEAD_OF_FEW.tokens else HEAD)
+    if top_k is None:
+        noisy, ids, tops, sums = _drawn(x, weight, temperature, key, mask, eps, config)
+        _best_tile(noisy, ids, tops, sums, best, log_z)
+        return best, log_z
+    kept, pdl = triton.next_power_of_2(max(top_k, 2)), not interpreted()
+    _, found, *_ = _drawn(x, weight, temperature, key, mask, eps, config, min(kept, config.outputs))
+    found = _greatest(found.flatten(1), kept)
+    sampling.draw_kept[(len(x),)](
+        *(found, temperature, key, best, log_z, top_k, found.shape[1], pdl), **options(pdl=pdl)
+    )
+    return best, log_z
+
+
+def argmax_lm_head(x: Tensor, weight: Tensor, config: Config | None = None) -> Tensor:
+    """int64 [batch]: the most likely token of each row of x [batch, k]; a norm before would not change it."""
+    best = torch.empty(len(x), dtype=torch.int64, device=x.device)
+    config = config or (HEAD_OF_FEW if len(x) <= HEAD_OF_FEW.tokens else HEAD)
+    noisy, ids, *_ = _drawn(x, weight, None, None, None, None, config)
+    _best_tile(noisy, ids, None, None, best, None)
+    return best
+
+
+def _drawn(
+    x: Tensor,
+    weight: Tensor,
+    temperature: Tensor | None,
+    key: Tensor | None,
+    mask: Tensor | None,
+    eps: float | None,
+    config: Config,
+    kept: int = 0,
+) -> tuple[Tensor, ...]:
+    """What `sampling.draw_tiles` writes."""
     (batch, k), vocabulary, pdl = x.shape, len(weight), config.ahead >= 0 and not interpreted()
     tma = _even(x) and _even(weight)
     tiles = triton.cdiv(vocabulary, config.outputs)
     parts = torch.empty(3, tiles, batch, dtype=torch.float32, device=x.device)
-    ids = torch.empty(tiles, batch, dtype=torch.int32, device=x.device)
+    size = (batch, tiles, kept) if kept else (tiles, batch)
+    ids = torch.empty(size, dtype=torch.int64 if kept else torch.int32, device=x.device)
     sampling.draw_tiles[(tiles, triton.cdiv(batch, config.tokens))](
         *(_source(x, config.tokens, config, tma), _source(weight, config.outputs, config, tma), weight),
         *(temperature, mask, key, parts[0], ids, parts[1], parts[2], batch, vocabulary, k),
         *(0 if mask is None else mask.stride(0), x.stride(0), weight.stride(0), eps or 0.0, config.ahead),
-        eps is not None,
-        *(config.outputs, config.tokens, config.inputs, tma, pdl),
+        *(eps is not None, kept, config.outputs, config.tokens, config.inputs, tma, pdl),
         **options(config.warps, config.stages, pdl),
     )
-    best = torch.empty(batch, dtype=torch.int64, device=x.device)
-    log_z = torch.empty(batch, dtype=torch.float32, device=x.device)
+    return parts[0], ids, parts[1], parts[2]
+
+
+def _best_tile(noisy, ids, tops, sums, best, log_z) -> None:
+    (tiles, batch), pdl = noisy.shape, not interpreted()
     sampling.best_tile[(batch,)](
-        *(parts[0], ids, parts[1], parts[2], best, log_z, tiles, batch, triton.next_power_of_2(tiles), pdl),
+        *(noisy, ids, tops, sums, best, log_z, tiles, batch, triton.next_power_of_2(tiles), pdl),
         **options(pdl=pdl),
     )
-    return best, log_z
+
+
+def _greatest(found: Tensor, kept: int) -> Tensor:
+    """The `kept` greatest numbers of each row of an int64 [batch, count], in order, by a tree."""
+    most, pdl = max(2 * kept, 1024), not interpreted()
+    groups = triton.cdiv(found.shape[1], most)
+    fewer = torch.empty(len(found), groups * kept, dtype=torch.int64, device=found.device)
+    sampling.keep_greatest[(groups, len(found))](
+        *(found, fewer, found.shape[1], most, kept, pdl), **options(8 if most > 1024 else 4, pdl=pdl)
+    )
+    return fewer if groups == 1 else _greatest(fewer, kept)
