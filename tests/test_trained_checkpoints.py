@@ -72,3 +72,32 @@ def test_a_post_norm_model_with_shared_layers_is_refused_where_it_must_be(weight
     assert "tied" in folds["predictions.LayerNorm"]
     taut.apply(weights / "rxnmapper-albert", out=tmp_path / "new")
     assert printed(evaluate, "rxnmapper-albert", tmp_path / "new", capsys)[-1] == "0.9830"
+
+
+@pytest.mark.parametrize("name", ["int8_weights", "int4_weights"])
+def test_what_lossy_weights_cost_on_stories(name, weights, tmp_path):
+    text = weights.parent / "data" / "tinystories_valid_30k.txt"
+    if not text.is_file():
+        pytest.skip("STORIES NOT TESTED: there is no data folder beside the weights")
+    done = taut.apply(weights / "stories260k", only=[name], form="taut", out=tmp_path / "new")
+    assert done.evidence.passed
+    evidence = taut.verify(weights / "stories260k", tmp_path / "new", text=text)
+    print(evidence.bounds)
+    assert evidence.passed, evidence
+    assert 0.5 < evidence.bounds[f"{name}.of_noise"] < 2
+    rise = evidence.bounds[f"{name}.perplexity_rise"]
+    assert rise < (0.005 if name == "int8_weights" else 0.2)
+
+
+@pytest.mark.parametrize("name", ["int8_weights", "int4_weights"])
+@pytest.mark.parametrize("model", ["gpt2-nano-sort", "rxnmapper-albert"])
+def test_lossy_weights_of_models_of_other_kinds(model, name, weights, evaluate, tmp_path, capsys, monkeypatch):
+    """A sorter loses nothing; ALBERT's layers are shared."""
+    done = taut.apply(weights / model, only=[name], form="taut", out=tmp_path / "new")
+    evidence = taut.verify(weights / model, tmp_path / "new")
+    print(evidence.bounds)
+    assert done.evidence.passed
+    assert evidence.passed, evidence
+    if model in EXPECTED:
+        monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", AsTransformers)
+        assert printed(evaluate, model, tmp_path / "new", capsys)[-1] == EXPECTED[model]
