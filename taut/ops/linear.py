@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear as product
 
 from taut.op import Reason, Work, nbytes, op
+from taut.ops import _gpu
 from taut.ops._cpu import refusal
 from taut.ops._dispatch import TILE, choose, flat
 from taut.ops._matvec import matvec, refuses_product, refuses_torch
@@ -117,6 +118,18 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | Non
 def _fits(x, weight, bias=None, scale=None) -> Reason:
     slower = _slower("matvec", x, weight) if x.is_cpu and weight.dtype == x.dtype else None
     return slower or refuses_product(x, weight, scale) or refusal(bias)
+
+
+def _triton_fits(x, weight, bias=None, scale=None) -> Reason:
+    reason = _gpu.refuses_product(x, (weight,), (scale,), bias)
+    return reason or _gpu.slower("linear", x, weight, alone=True)
+
+
+@linear.impl("triton", when=_triton_fits, opaque=True)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    config = _gpu.chosen("linear", x, weight, alone=True)
+    return _gpu.kernel("launch", "project")(x.reshape(-1, x.shape[-1]), weight, y, config, bias=bias)
 
 
 @linear.impl("numba", when=_fits, opaque=True)
