@@ -163,8 +163,8 @@ def plan(
 ) -> Plan:
     """The plan that `apply` would follow, with what each step saves on a machine, by default this one if measured.
 
-    With `measure` each step is timed on this machine, and those that are slower are left out. Raises BadInput or
-    BadPlan.
+    With `measure` each step is timed on this machine, and those that are slower are left out: on the engine that
+    decodes, where the model has one, else on the graph. Raises BadInput or BadPlan.
     """
     here = choose_machine("this" if measure and machine is None else machine)
     if measure and here != measured():
@@ -173,20 +173,34 @@ def plan(
         from taut.module import graph_of, inputs_of
 
         inside, dtype, graph = model, None, lift(graph_of(model, example, outputs))
-        runnable = lambda: (graph, inputs_of(model, example))  # noqa: E731
+        runnable = lambda: (model, graph, inputs_of(model, example))  # noqa: E731
     else:
         from taut.opened import open_model
 
         opened = open_model(model, revision, trust_remote_code, untie, weights=measure)
         inside, dtype, graph = opened.meta, opened.dtype, lift(opened.writable_graph(outputs))
-        runnable = lambda: (lift(opened.full_graph(outputs)), opened.inputs())  # noqa: E731
+        runnable = lambda: (opened, lift(opened.full_graph(outputs)), opened.inputs())  # noqa: E731
     made = make_plan(graph, form, only, outputs)
     if here is None:
         return made
     from taut import prices
 
     made = prices.predict(graph, made, here, decodes(inside), dtype)
-    return prices.keep_what_pays(*runnable(), made, progress) if measure else made
+    return prices.keep_what_pays(_contest(*runnable(), form, decodes(inside)), made, progress) if measure else made
+
+
+def _contest(model: Any, graph: Graph, inputs: Mapping[str, Tensor], form: str, decoder: bool) -> Any:
+    """What a plan is timed on: the engine, else the graph, which says why."""
+    from taut.prices import GraphContest
+
+    if not decoder:
+        return GraphContest(graph, inputs, form, "the model does not decode")
+    from taut.runtime.contest import engine_contest
+
+    try:
+        return engine_contest(model, form)
+    except BadInput as error:
+        return GraphContest(graph, inputs, form, f"there is no engine: {error}")
 
 
 def apply(

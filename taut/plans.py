@@ -62,7 +62,7 @@ class Price:
 class Plan:
     """Steps in the order in which they are applied; `refused` says why each other site was left alone.
 
-    `prices` say what each step saves on `machine`, where one was named.
+    `prices` say what each step saves on `machine`, where one was named; `measured` says what was timed, if anything.
     """
 
     form: str
@@ -74,6 +74,7 @@ class Plan:
     version: str = __version__
     machine: str | None = None
     prices: tuple[Price, ...] = ()
+    measured: str | None = None
 
     @property
     def applied(self) -> int:
@@ -81,7 +82,7 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; what a plan without prices does not have is left out."""
-        unsaid = () if self.machine else ("machine", "prices")
+        unsaid = (*(() if self.machine else ("machine", "prices")), *(() if self.measured else ("measured",)))
         return {key: value for key, value in asdict(self).items() if key not in unsaid}
 
     def save(self, path: Path) -> None:
@@ -98,8 +99,8 @@ class Plan:
             refused = tuple(Refusal(**r) for r in record.get("refused", ()))
             form, outputs = form_of(record["form"]).name, OUTPUTS[record["outputs"]]
             prices = tuple(Price(**price) for price in record.get("prices", ()))
-            absent, machine = dict(record.get("absent", {})), record.get("machine")
-            return Plan(form, outputs, steps, refused, absent, machine=machine, prices=prices)
+            absent, told = dict(record.get("absent", {})), {"machine": record.get("machine"), "prices": prices}
+            return Plan(form, outputs, steps, refused, absent, **told, measured=record.get("measured"))
         except (KeyError, TypeError) as error:
             raise BadPlan(f"this is not a plan that `taut plan` made: {error!r}") from error
 

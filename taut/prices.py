@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from taut.cost import Cost, costs
 from taut.graph import Graph
 from taut.machine import Machine
-from taut.plans import BadPlan, Plan, Price, Refusal, apply_step
+from taut.plans import BadPlan, Plan, Price, Refusal, Step, apply_step
 
 ROUNDS = 15
 CHANCE = 0.05
@@ -62,13 +62,45 @@ def _seconds(cost: Cost, machine: Machine) -> float:
     return cost.one_by_one(machine) + overhead
 
 
-def keep_what_pays(
-    graph: Graph, inputs: Mapping[str, Tensor], plan: Plan, progress: Callable[[str, int, int], None] | None = None
-) -> Plan:
-    """The plan without the steps that measure slower, on this machine and on a graph that can be run.
+class Contest(Protocol):
+    """What a plan's steps are timed on: it takes one step after the other.
+
+    `candidate` gives it with one more step, None where that makes no difference to what is timed, and raises BadPlan
+    where it does not fit. `workload` is what is timed, None for a forward pass; `told` says it for people.
+    """
+
+    workload: str | None
+    told: str
+
+    def candidate(self, step: Step) -> Graph | None: ...
+    def compare(self, candidate: Graph) -> Measured: ...
+    def take(self, candidate: Graph) -> None: ...
+
+
+class GraphContest:
+    """The whole graph in torch, every op by its fastest implementation."""
+
+    workload: str | None = None
+
+    def __init__(self, graph: Graph, inputs: Mapping[str, Tensor], form: str, why: str) -> None:
+        self.graph, self.inputs, self.form = graph, inputs, form
+        self.told = f"on the graph, a forward pass in torch, since {why}"
+
+    def candidate(self, step: Step) -> Graph | None:
+        return apply_step(self.graph, step, self.form)
+
+    def compare(self, candidate: Graph) -> Measured:
+        return compare(self.graph, candidate, self.inputs)
+
+    def take(self, candidate: Graph) -> None:
+        self.graph = candidate
+
+
+def keep_what_pays(contest: Contest, plan: Plan, progress: Callable[[str, int, int], None] | None = None) -> Plan:
+    """The plan without the steps that measure slower, on this machine.
 
     Each step is measured on what the kept ones before it left. A dropped one, and one whose places went with it, is
-    refused with the times.
+    refused with the times; one that makes no difference to what is timed stays, unmeasured.
     """
     kept, refused = [], list(plan.refused)
     times: dict[int, Measured] = {}
@@ -76,30 +108,41 @@ def keep_what_pays(
         if progress:
             progress(f"measuring {step.rewrite}", number, len(plan.steps))
         try:
-            candidate = apply_step(graph, step, plan.form)
+            candidate = contest.candidate(step)
         except BadPlan as error:
             refused += [Refusal(step.rewrite, where, f"a step before it was dropped: {error}") for where in step.sites]
             continue
-        found = compare(graph, candidate, inputs)
-        times[number] = found
+        if candidate is None:
+            kept.append(step)
+            continue
+        found = times[number] = contest.compare(candidate)
         if found.slower:
             reason = f"measured slower here: {1e3 * found.after:.3g} ms against {1e3 * found.before:.3g} ms"
             refused += [Refusal(step.rewrite, where, reason) for where in step.sites]
         else:
-            kept, graph = [*kept, step], candidate
-    prices = tuple(_with_times(price, times.get(price.step)) for price in plan.prices)
-    return replace(plan, steps=tuple(kept), refused=tuple(refused), prices=prices)
+            kept.append(step)
+            contest.take(candidate)
+    prices = tuple(_with_times(price, times.get(price.step), contest.workload) for price in plan.prices)
+    return replace(plan, steps=tuple(kept), refused=tuple(refused), prices=prices, measured=contest.told)
 
 
-def _with_times(price: Price, found: Measured | None) -> Price:
+def _with_times(price: Price, found: Measured | None, workload: str | None) -> Price:
     if found is None:
         return price
+    if workload not in (None, price.workload):
+        return replace(price, kept=not found.slower)
     return replace(price, measured_before=found.before, measured_after=found.after, kept=not found.slower)
 
 
 def compare(before: Graph, after: Graph, inputs: Mapping[str, Tensor], rounds: int = ROUNDS) -> Measured:
     """Run both graphs in turn; `slower` says that the second one lost more rounds than chance explains."""
-    runs = [runner(graph, inputs) for graph in (before, after)]
+    one, two = (runner(graph, inputs) for graph in (before, after))
+    return timed(one, two, rounds)
+
+
+def timed(before: Callable[[], object], after: Callable[[], object], rounds: int = ROUNDS) -> Measured:
+    """Run both in turn; `slower` as above."""
+    runs = (before, after)
     for run in runs:
         run()
     pairs = [[_timed(run) for run in runs] for _ in range(rounds)]

@@ -135,6 +135,8 @@ def prices(plan: Plan) -> None:
             grid.add_row(price.rewrite, calls, saved, *change, _measured(price))
         console.print(f"\n{workload}")
         console.print(Padding(grid, (0, 0, 0, 2)))
+    if plan.measured:
+        console.print(f"\nmeasured {escape(plan.measured)}; what is not measured the engine does by itself")
 
 
 def _measured(price: Price) -> str:

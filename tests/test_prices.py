@@ -16,7 +16,11 @@ import taut
 from taut import machine, prices
 from taut.checkpoint import BadInput
 from taut.machine import Figure, Machine
-from taut.plans import Plan, make_plan
+from taut.ops.linear import linear
+from taut.plans import Plan, Step, make_plan
+from taut.prices import Measured
+from taut.rewrite import TAUT, rewrites
+from taut.runtime.contest import EngineContest, engine_contest
 
 MODEL = str(Path(__file__).parent.parent / "taut/demo/model")
 MACHINE = Machine("m", "cpu", {"float32": Figure(1e9)}, {"memory": Figure(10.0)}, {}, Figure(0.5))
@@ -56,13 +60,12 @@ def test_a_plan_with_prices_is_saved_and_loaded(tmp_path, monkeypatch):
 
 def test_steps_that_measure_slower_are_dropped_with_the_times(monkeypatch, here):
     """merge_linears seems slower; what was found on its result is then tried on the graph without it."""
-    real = prices.compare
 
-    def seems(before, after, inputs):
-        merged = len(list(after.nodes)) > len(list(before.nodes)) + 1
-        return dataclasses.replace(real(before, after, inputs, rounds=1), slower=merged)
+    def seems(self, candidate):
+        merged = len(list(candidate.calls(linear))) < len(list(self.graph.calls(linear)))
+        return Measured(1e-3, 2e-3, slower=merged)
 
-    monkeypatch.setattr(prices, "compare", seems)
+    monkeypatch.setattr(EngineContest, "compare", seems)
     model = architectures.build("llama")
     made = taut.plan(model, form="taut", only=["fold_norm", "merge_linears"], measure=True)
     assert [step.rewrite for step in made.steps] == ["fold_norm"]
@@ -70,9 +73,49 @@ def test_steps_that_measure_slower_are_dropped_with_the_times(monkeypatch, here)
     assert len(reasons) == 1
     assert "measured slower here" in reasons.pop()
     assert {p.rewrite: p.kept for p in made.prices} == {"fold_norm": True, "merge_linears": False}
-    assert all(p.measured_before and p.measured_before > 0 for p in made.prices)
+    assert all((p.measured_before is not None) == (p.workload == "decode") for p in made.prices)
     rewritten = taut.apply(model, made)
     assert taut.verify(model, rewritten).passed
+
+
+def test_the_engine_is_timed_where_there_is_one(here):
+    model = architectures.build("llama")
+    made = taut.plan(model, form="taut", only=["fold_norm", "defer_norm", "int8_weights"], measure=True)
+    assert made.measured is not None
+    assert "on the engine" in made.measured
+    decode = {price.rewrite: price for price in made.prices if price.workload == "decode"}
+    assert decode["int8_weights"].measured_before is not None
+    assert decode["defer_norm"].measured_before is None  # fused by the engine in any case
+    assert "defer_norm" in [step.rewrite for step in made.steps]
+    assert Plan.from_dict(json.loads(json.dumps(made.as_dict()))) == made
+
+
+def test_where_there_is_no_engine_the_graph_is_timed_and_told(here):
+    for name, reason in (("vit", "does not decode"), ("mamba", "there is no engine")):
+        made = taut.plan(architectures.build(name), form="taut", measure=True)
+        assert made.measured is not None
+        assert "on the graph" in made.measured
+        assert reason in made.measured
+
+
+def test_the_program_with_a_step_is_the_same_function(here):
+    """Both compiled programs, fed the same tokens; in eight bits it is another one."""
+    model = architectures.build("gpt2_untied")
+    contest = engine_contest(model, "taut")
+    for name in ("fold_norm", "merge_linears", "int8_weights"):
+        sites = [s for s in rewrites()[name].find(contest.graph, TAUT) if s.refused is None]
+        if not sites:
+            continue
+        candidate = contest.candidate(Step(name, tuple(site.where for site in sites)))
+        if candidate is None:
+            continue
+        before = contest.engine.bytes_a_step()
+        one = contest.engine.decode([5]).clone()
+        contest.take(candidate)
+        two = contest.engine.decode([5])
+        error = float((one - two).norm() / one.norm())
+        assert error < (0.05 if name == "int8_weights" else 1e-5)
+        assert (contest.engine.bytes_a_step() < 0.5 * before) == (name == "int8_weights")
 
 
 def test_slower_is_told_from_noise():

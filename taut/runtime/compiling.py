@@ -141,18 +141,25 @@ def _module_graph(
 ) -> tuple[Graph, frozenset[int]]:
     from taut.runtime.prepare import prepared
 
+    tell("exporting the step")
+    graph = module_step(model, max_length, device)
+    tell("fusing")
+    return prepared(graph), stop_tokens(getattr(model, "generation_config", None), getattr(model, "config", None))
+
+
+def module_step(model: nn.Module, max_length: int | None, device: str = "cpu") -> Graph:
+    """The step of a module as exported, with its own tensors. Raises BadInput where it has none."""
     config: Any = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
         raise BadInput(f"{type(model).__name__} has no configuration", "pass a causal model of transformers")
-    tell("exporting the step")
     length = window(config, max_length)
     plain = all(p.dtype == torch.float32 and p.device.type == "cpu" for p in model.parameters())
     graph = step_graph(model if plain else _on_meta(model), length)
     if not plain:
-        own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-        bind(graph, {name: _held(tensor.detach(), device) for name, tensor in own.items()})
-    tell("fusing")
-    return prepared(graph), stop_tokens(getattr(model, "generation_config", None), config)
+        held = {name: _held(t.detach(), device) for name, t in model.named_parameters(remove_duplicate=False)}
+        made = {name: t.detach().cpu() for name, t in model.named_buffers(remove_duplicate=False)}
+        bind(graph, held | {name: t.float() if t.is_floating_point() else t for name, t in made.items()})
+    return graph
 
 
 def _held(tensor: Tensor, device: str) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from taut.coded import Decoded, Turned
+from taut.coded import STORED, Decoded, Turned
 from taut.facts.moves import SWAPS, is_move, move
 from taut.graph import Graph, shape
 from taut.lift._match import is_call
@@ -108,13 +108,16 @@ def codes_of(graph: Graph, value: Value) -> Weight | None:
     stored = [part for part in parts if isinstance(part, Decoded)]
     if len(stored) < len(parts) or len({part.bits for part in stored}) > 1:
         return None
-    read = graph.read or reader(graph.tensors)
-    names = [(part.codes, part.scale) for part in stored]
-    data, scale = (
-        torch.cat([read(part.name, None) for part in column if isinstance(part, Original)])
-        for column in zip(*names, strict=True)
-    )
+    columns = zip(*((part.codes, part.scale) for part in stored), strict=True)
+    dtypes = STORED[stored[0].bits]
+    data, scale = (torch.cat([_kept(graph, v, d) for v in column]) for column, d in zip(columns, dtypes, strict=True))
     return Weight(data, scale)
+
+
+def _kept(graph: Graph, value: Value, dtype: torch.dtype) -> Tensor:
+    """Codes or scales as they are stored, else made."""
+    read = graph.read or reader(graph.tensors)
+    return read(value.name, None) if isinstance(value, Original) else value.evaluate(read).to(dtype)
 
 
 def _rows(node: fx.Node, size: tuple[int, ...]) -> Tensor | None:

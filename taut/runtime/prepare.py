@@ -34,7 +34,11 @@ def prepared(graph: Graph, restore: Callable[[Graph], Graph] | None = None) -> G
     `restore` makes of the lifted graph the one that a checkpoint's tensors belong to.
     """
     graph = lift(tidied(graph))
-    graph = graph if restore is None else restore(graph)
+    return fused(graph if restore is None else restore(graph))
+
+
+def fused(graph: Graph) -> Graph:
+    """A lifted step with every fusing rewrite applied."""
     for rewrite in rewrites().values():
         if rewrite is fuse_norm_linear:  # what reads one norm and was not fused with what is behind it
             graph = merge_linears.apply(graph, form=TAUT)

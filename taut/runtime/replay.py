@@ -48,7 +48,7 @@ def _followed(graph: Graph, plan: Plan, structure: bool) -> Graph:
         bound = rewrites()[step.rewrite].bound
         if bound is not None:
             graph = _left(graph, step, plan.form, bound)
-        elif structure or not _structure_alone(graph, after):
+        elif structure or not structure_alone(graph, after):
             graph = after
     return graph
 
@@ -62,7 +62,7 @@ def _left(graph: Graph, step: Step, form: str, bound: Bound) -> Graph:
     return with_values(graph, left)
 
 
-def _structure_alone(before: Graph, after: Graph) -> bool:
+def structure_alone(before: Graph, after: Graph) -> bool:
     """Whether no parameter has changed; some that were folded to a constant may have gone."""
     kept = {name: value for name, value in before.values.items() if name in after.values}
     gone = [value for name, value in before.values.items() if name not in after.values]
