@@ -8,12 +8,13 @@ from torch import Tensor
 from taut.ops._triton import choice
 from taut.ops._triton.launch import Config
 from taut.runtime._triton import launch
-from taut.runtime._triton.launch import After, Reach
-from taut.runtime.packing import padded, places
+from taut.runtime._triton.launch import After, Reach, Stretches
+from taut.runtime.packing import padded, places, reads_of
 from taut.runtime.steps import Attend, Combine, Embed, Glu, Linear, Normalize, Program, Step, Torch, View
 
-MANY_KEYS = 2**22
-"""Keys of a program's slots and heads from which the stretches of attention are made to fill the GPU."""
+MOST_JOINED, MOST_FEATURES, MOST_KEYS = 8, 1024, 4096
+"""So many stretches, of so many features and positions, a product joins itself; each of its programs reads them all."""
+JOINED = Reach(128, MOST_JOINED, 128)
 
 
 class Kernels:
@@ -32,8 +33,11 @@ class Kernels:
         self.best = made(most, launch.STRETCHES, dtype=torch.float32)
         self.best_at = made(most, launch.STRETCHES, dtype=torch.int32)
         attends = [step for step in program.steps if isinstance(step, Attend)]
-        room = max((s.heads * (s.dv + 2) for s in attends), default=0) * self.splits_of_all(most, attends)
-        self.scratch = made(room, dtype=torch.float32)
+        room = max((s.heads * (s.dv + 2) for s in attends), default=0)
+        self.scratch = made(room * max(MOST_JOINED, self.splits_of_all(most, attends)), dtype=torch.float32)
+        self.logs = made(max((s.heads for s in attends), default=0) * MOST_JOINED, dtype=torch.float32)
+        self.joins = _joins(program)
+        self.left = set(map(id, self.joins.values()))
         counters = max((most * s.kv_heads for s in attends), default=0)
         self.counters = made(counters + most, dtype=torch.int32)
 
@@ -74,9 +78,10 @@ class Kernels:
                 launch.combine(a, b, out, step.scale, step.b_scale, step.product, self.pdl)
             case Attend():
                 q, out = self._view(step.q, rows), self.buffer(step.out, rows)
-                scratch, reach = (self.scratch, self.counters), self.reach(step, rows)
+                later = rows == 1 and id(step) in self.left
+                scratch = self.scratch, self.logs, self.counters
                 where = (q, view(step.k), view(step.v), out), self.caches[step.layer], positions, slots
-                launch.attend(step, *where, scratch, reach, self.pdl)
+                launch.attend(step, *where, scratch, self.reach(step, rows, later), later, self.pdl)
             case Torch():
                 found = step.run(*(self._view(place, rows).float() for place in step.inputs))
                 for name, value in zip(step.outs, found, strict=True):
@@ -86,13 +91,18 @@ class Kernels:
         x, out, norm = self._view(step.x, rows), self.buffer(step.out, rows), step.norm
         config = self.config(weights, rows)
         if rows == 1:
-            launch.one(x, *weights, out, norm, after, config, self.pdl)
+            launch.one(x, *weights, out, norm, after, config, self.pdl, self._stretches(step))
             return
         if norm is not None and (norm.gain is not None or norm.bias is not None or norm.centred):
             normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
             launch.normalize(x, norm, None, normed, self.pdl)
             x, norm = normed, None
         launch.many(x, *weights, out, norm, after, config, self.pdl)
+
+    def _stretches(self, step: Linear | Glu) -> Stretches | None:
+        """What a product joins of the attention before it, if that left it."""
+        left = self.joins.get(id(step))
+        return None if left is None else Stretches(self.scratch, self.logs, left.dv, MOST_JOINED)
 
     def config(self, weights: tuple[Tensor, Tensor | None], rows: int) -> Config:
         """Tile sizes of a product: the measured ones of this GPU, or some that do."""
@@ -102,8 +112,10 @@ class Kernels:
         found = choice.choose("linear" if weights[1] is None else "glu", rows, n, k, self.gpu_name)
         return found if isinstance(found, Config) else some_rows(rows, n, k)
 
-    def reach(self, step: Attend, rows: int) -> Reach:
+    def reach(self, step: Attend, rows: int, later: bool) -> Reach:
         """Into how many stretches keys are split: so many that short texts need one, and long ones fill the GPU."""
+        if later:
+            return JOINED
         return Reach(splits=self.splits(rows * step.kv_heads))
 
     def splits(self, pairs: int) -> int:
@@ -126,6 +138,19 @@ class Kernels:
 
     def _view(self, place: View, rows: int) -> Tensor:
         return self.buffer(place.buffer, rows)[:, place.start : place.stop]
+
+
+def _joins(program: Program) -> dict[int, Attend]:
+    """The attentions whose stretches the product behind them joins, by that product: few keys and features."""
+    found: dict[int, Attend] = {}
+    readers = [view.buffer for step in program.steps for view in reads_of(step)]
+    for step, after in zip(program.steps, program.steps[1:], strict=False):
+        if isinstance(step, Attend) and isinstance(after, Linear) and after.norm is None and step.sinks is None:
+            width = step.heads * step.dv
+            alone = after.x == View(step.out, 0, width) and readers.count(step.out) == 1
+            if alone and width <= MOST_FEATURES and program.max_length <= MOST_KEYS:
+                found[id(after)] = step
+    return found
 
 
 def one_row(n: int, k: int, gated: bool) -> Config:

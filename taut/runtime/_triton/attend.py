@@ -89,6 +89,7 @@ def attend(
     alibi,
     sinks,
     scratch,
+    logs,
     counters,
     y,
     q_stride,
@@ -120,11 +121,15 @@ def attend(
     KEYS: tl.constexpr,
     SPLITS: tl.constexpr,
     PARTS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    LATER: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid (rows, key heads, SPLITS). GROUP query heads a key head; ROWS, WIDTH and VWIDTH are GROUP, D and DV rounded
     up. Without `k` nothing is appended. `scratch` is float32 [rows, key heads, SPLITS, GROUP, DV + 2]: sums, greatest
-    score and sum of weights of a stretch; `counters` int32 [rows, key heads], zeros."""
+    score and sum of weights of a stretch; `counters` int32 [rows, key heads], zeros. LATER: nothing is joined here;
+    `scratch` of the one row is [SPLITS, heads, DV], divided, and `logs` [SPLITS, heads] the logarithms to base 2 of the
+    sums, of -inf where there are no keys."""
     row, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     position, slot = tl.load(positions + row).to(tl.int32), tl.load(slots + row)
     lowest = 0
@@ -162,9 +167,9 @@ def attend(
         ).to(block.dtype)  # fmt: skip
         if k is not None and part == parts - 1:
             base = row.to(tl.int64) * k_stride + head * D + tl.arange(0, 1)
-            fits = (tl.arange(0, 1) == 0)[:, None] & (feature < D)[None, :]
+            whole = (tl.arange(0, 1) == 0)[:, None] & (feature < D)[None, :]
             key = turned(
-                k + base, feature, fits, k_gain, k_shift, k_eps, cos, sin, D, HALF, INTERLEAVED, K_NORM, K_CENTRED
+                k + base, feature, whole, k_gain, k_shift, k_eps, cos, sin, D, HALF, INTERLEAVED, K_NORM, K_CENTRED
             ).to(block.dtype)  # fmt: skip
             new = tl.load(v + row.to(tl.int64) * v_stride + head * DV + value, mask=value < DV, other=0)[None, :]
             new = new.to(held.dtype)
@@ -201,29 +206,36 @@ def attend(
             sums = tl.dot(p.to(held_now.dtype), held_now, sums * shrink[:, None], input_precision="ieee")
             greatest = higher
         out = y + row.to(tl.int64) * y_stride + (head * GROUP) * DV
-        fits = (member < GROUP)[:, None] & (value < DV)[None, :]
-        if parts == 1:
+        written = (member < GROUP)[:, None] & (value < DV)[None, :]
+        if LATER:
+            to = part * tl.num_programs(1) * GROUP + heads
+            found = sums / weight[:, None]
+            tl.store(scratch + to[:, None] * DV + value[None, :], found, mask=written)
+            tl.store(logs + to, greatest + tl.log2(weight), mask=member < GROUP)
+        elif parts == 1:
             if sinks is not None:
                 sink = tl.load(sinks + heads, mask=member < GROUP, other=0) * LOG2E
                 higher = tl.maximum(greatest, sink)
                 shrink = tl.exp2(greatest - higher)
                 sums *= shrink[:, None]
                 weight = weight * shrink + tl.exp2(sink - higher)
-            to = out + member[:, None] * DV + value[None, :]
-            tl.store(to, (sums / weight[:, None]).to(y.dtype.element_ty), mask=fits)
+            divided = (sums / weight[:, None]).to(y.dtype.element_ty)
+            tl.store(out + member[:, None] * DV + value[None, :], divided, mask=written)
         else:
             pair = row * tl.num_programs(1) + head
             scratch += pair.to(tl.int64) * SPLITS * GROUP * (DV + 2)
-            to = scratch + (part * GROUP + member) * (DV + 2)
-            tl.store(to[:, None] + value[None, :], sums, mask=fits)
-            tl.store(to + DV, greatest, mask=member < GROUP)
-            tl.store(to + DV + 1, weight, mask=member < GROUP)
+            own = scratch + (part * GROUP + member) * (DV + 2)
+            tl.store(own[:, None] + value[None, :], sums, mask=written)
+            tl.store(own + DV, greatest, mask=member < GROUP)
+            tl.store(own + DV + 1, weight, mask=member < GROUP)
             tl.debug_barrier()  # all of this program's stores come before its arrival
             if tl.atomic_add(counters + pair, 1, sem="acq_rel") == parts - 1:
                 tl.store(counters + pair, 0)
-                for i in range(GROUP):
-                    own = scratch + i * (DV + 2)
-                    joined(own, sinks, head * GROUP + i, out + i * DV, parts, GROUP * (DV + 2), DV, VWIDTH, PARTS)
+                joined(scratch, sinks, head * GROUP, out, parts, GROUP, MEMBERS, DV, VWIDTH, PARTS)
+    elif LATER:
+        heads = head * GROUP + member
+        to = part * tl.num_programs(1) * GROUP + heads
+        tl.store(logs + to, tl.full([ROWS], float("-inf"), tl.float32), mask=member < GROUP)
 
 
 @triton.jit
@@ -234,26 +246,31 @@ def tile(base, at, end, feature, D: tl.constexpr):
 
 
 @triton.jit
-def joined(scratch, sinks, head, out, parts, step, DV: tl.constexpr, VWIDTH: tl.constexpr, PARTS: tl.constexpr):
-    """Join the stretches of one query head, `step` apart, PARTS at a time in the order of the keys."""
-    value = tl.arange(0, VWIDTH)
-    greatest = tl.full([], float("-inf"), tl.float32)
-    weight = tl.full([], 0.0, tl.float32)
+def joined(
+    scratch, sinks, head, out, parts, GROUP: tl.constexpr, MEMBERS: tl.constexpr, DV: tl.constexpr,
+    VWIDTH: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Join the stretches of GROUP query heads from `head` on, PARTS at a time in the order of the keys."""
+    member, value = tl.arange(0, MEMBERS), tl.arange(0, VWIDTH)
+    greatest = tl.full([MEMBERS], float("-inf"), tl.float32)
+    weight = tl.zeros([MEMBERS], tl.float32)
     if sinks is not None:
-        greatest = tl.load(sinks + head).to(tl.float32) * LOG2E
+        greatest = tl.load(sinks + head + member, mask=member < GROUP, other=0).to(tl.float32) * LOG2E
         weight += 1.0
-    sums = tl.zeros([VWIDTH], tl.float32)
+    sums = tl.zeros([MEMBERS, VWIDTH], tl.float32)
     for start in range(0, parts, PARTS):
         part = start + tl.arange(0, PARTS)
-        live = part < parts
-        place = scratch + part * step
+        live = (part < parts)[:, None] & (member < GROUP)[None, :]
+        place = scratch + (part[:, None] * GROUP + member[None, :]) * (DV + 2)
         high = tl.load(place + DV, mask=live, other=float("-inf"), cache_modifier=".cg")
         portion = tl.load(place + DV + 1, mask=live, other=0, cache_modifier=".cg")
-        both = live[:, None] & (value < DV)[None, :]
-        found = tl.load(place[:, None] + value[None, :], mask=both, other=0, cache_modifier=".cg")
-        higher = tl.maximum(greatest, tl.max(high, 0))
-        shrink, factor = tl.exp2(greatest - higher), tl.exp2(high - higher)
+        both = live[:, :, None] & (value < DV)[None, None, :]
+        found = tl.load(place[:, :, None] + value[None, None, :], mask=both, other=0, cache_modifier=".cg")
+        higher = tl.maximum(tl.maximum(greatest, tl.max(high, 0)), -3e38)
+        shrink, factor = tl.exp2(greatest - higher), tl.exp2(high - higher[None, :])
         weight = weight * shrink + tl.sum(portion * factor, 0)
-        sums = sums * shrink + tl.sum(found * factor[:, None], 0)
+        sums = sums * shrink[:, None] + tl.sum(found * factor[:, :, None], 0)
         greatest = higher
-    tl.store(out + value, (sums / weight).to(out.dtype.element_ty), mask=value < DV)
+    written = (member < GROUP)[:, None] & (value < DV)[None, :]
+    found = (sums / tl.where(weight == 0, 1.0, weight)[:, None]).to(out.dtype.element_ty)
+    tl.store(out + member[:, None] * DV + value[None, :], found, mask=written)

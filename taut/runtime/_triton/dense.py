@@ -63,8 +63,50 @@ def statistics(x, k, eps, CENTRED: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
+def row_of(x, parts, cols, k, DV: tl.constexpr, PARTS: tl.constexpr):
+    """Inputs of a row; with PARTS, x holds [PARTS, k] stretches of attention to be weighed by `parts` [PARTS, heads],
+    the logarithms to base 2 of their sums."""
+    seen = cols < k
+    if PARTS == 0:
+        h = tl.load(x + cols, mask=seen, other=0).to(tl.float32)
+    else:
+        heads, head = k // DV, cols // DV
+        top = tl.load(parts + head, mask=seen, other=0)
+        for part in tl.static_range(1, PARTS):
+            top = tl.maximum(top, tl.load(parts + part * heads + head, mask=seen, other=0))
+        h = tl.zeros(cols.shape, tl.float32)
+        total = tl.zeros(cols.shape, tl.float32)
+        for part in tl.static_range(PARTS):
+            weight = tl.exp2(tl.load(parts + part * heads + head, mask=seen, other=0) - top)
+            value = tl.load(x + part * k + cols, mask=seen & (weight > 0), other=0)
+            h += weight * value
+            total += weight
+        h /= total
+    return h
+
+
+@triton.jit
+def applied(h, gain, shift, mean, inv, cols, k, NORM: tl.constexpr):
+    """What of a norm is applied to the inputs themselves."""
+    if NORM == FULL:
+        h = tl.where(cols < k, (h - mean) * inv, 0.0)
+    if gain is not None:
+        h *= tl.load(gain + cols, mask=cols < k, other=0)
+    if shift is not None:
+        h += tl.load(shift + cols, mask=cols < k, other=0)
+    return h
+
+
+@triton.jit
+def block(weight, places, live, cols, k, stride):
+    mask = live[:, None] & (cols < k)[None, :]
+    return tl.load(weight + places[:, None] * stride + cols[None, :], mask=mask, other=0)
+
+
+@triton.jit
 def one(
     x,
+    parts,
     weight,
     up,
     gain,
@@ -85,24 +127,29 @@ def one(
     CENTRED: tl.constexpr,
     ACT: tl.constexpr,
     CAP: tl.constexpr,
+    DV: tl.constexpr,
+    PARTS: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    TAIL: tl.constexpr,
     WHOLE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One row: BN outputs a program, BK inputs at a time; WHOLE: there are no more.
+    """One row: BN outputs a program, BK inputs at a time. WHOLE: there are no more than BK + TAIL, held at once.
 
     `ahead` inputs of each row behind the first BK, a multiple of 8, are asked for before the wait.
     """
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     live = rows < n
     places = tl.where(live, rows, 0).to(tl.int64)
-    first = tl.arange(0, BK)
-    both = live[:, None] & (first < k)[None, :]
-    w = tl.load(weight + places[:, None] * stride + first[None, :], mask=both, other=0)
-    u = w
+    cols, rest = tl.arange(0, BK), BK + tl.arange(0, TAIL)
+    w = block(weight, places, live, cols, k, stride)
+    if WHOLE:
+        w1 = block(weight, places, live, rest, k, stride)
     if up is not None:
-        u = tl.load(up + places[:, None] * up_stride + first[None, :], mask=both, other=0)
+        u = block(up, places, live, cols, k, up_stride)
+        if WHOLE:
+            u1 = block(up, places, live, rest, k, up_stride)
     if PDL:
         if not WHOLE and (ahead > 0) & (tl.program_id(0) < FIRST_WAVE):
             prefetch(weight, places * stride, BK, tl.minimum(k - BK, ahead) * 2)
@@ -111,37 +158,42 @@ def one(
         gdc_launch_dependents()
         gdc_wait()
     mean, inv = 0.0, 1.0
-    if NORM == FULL:
-        mean, inv = statistics(x, k, eps, CENTRED, BK)
-    dots = tl.zeros([BN, BK], tl.float32)
-    ups = tl.zeros([BN, BK], tl.float32)
-    squares = tl.zeros([BK], tl.float32)
-    for start in range(0, k, BK):
-        cols = start + first
-        seen = cols < k
-        h = tl.load(x + cols, mask=seen, other=0).to(tl.float32)
-        if NORM == RMS:
-            squares += h * h
-        elif NORM == FULL:
-            h = tl.where(seen, (h - mean) * inv, 0.0)
-        if gain is not None:
-            h *= tl.load(gain + cols, mask=seen, other=0)
-        if shift is not None:
-            h += tl.load(shift + cols, mask=seen, other=0)
-        dots += w.to(tl.float32) * h[None, :]
+    if WHOLE:
+        h, h1 = row_of(x, parts, cols, k, DV, PARTS), row_of(x, parts, rest, k, DV, PARTS)
+        if CENTRED:
+            mean = (tl.sum(h, 0) + tl.sum(h1, 0)) / k
+        if NORM != PLAIN:
+            left, left1 = tl.where(cols < k, h - mean, 0.0), tl.where(rest < k, h1 - mean, 0.0)
+            inv = tl.rsqrt((tl.sum(left * left, 0) + tl.sum(left1 * left1, 0)) / k + eps)
+        h = applied(h, gain, shift, mean, inv, cols, k, NORM)
+        h1 = applied(h1, gain, shift, mean, inv, rest, k, NORM)
+        total = tl.sum(w.to(tl.float32) * h[None, :], 1) + tl.sum(w1.to(tl.float32) * h1[None, :], 1)
+        others = total
         if up is not None:
-            ups += u.to(tl.float32) * h[None, :]
-        if not WHOLE:
-            after = cols + BK
-            both = live[:, None] & (after < k)[None, :]
-            w = tl.load(weight + places[:, None] * stride + after[None, :], mask=both, other=0)
+            others = tl.sum(u.to(tl.float32) * h[None, :], 1) + tl.sum(u1.to(tl.float32) * h1[None, :], 1)
+    else:
+        if NORM == FULL:
+            mean, inv = statistics(x, k, eps, CENTRED, BK)
+        dots = tl.zeros([BN, BK], tl.float32)
+        ups = tl.zeros([BN, BK], tl.float32)
+        squares = tl.zeros([BK], tl.float32)
+        for start in range(0, k, BK):
+            at = start + cols
+            h = row_of(x, parts, at, k, DV, PARTS)
+            if NORM == RMS:
+                squares += h * h
+            h = applied(h, gain, shift, mean, inv, at, k, NORM)
+            dots += w.to(tl.float32) * h[None, :]
             if up is not None:
-                u = tl.load(up + places[:, None] * up_stride + after[None, :], mask=both, other=0)
-    total, others = tl.sum(dots, 1), tl.sum(ups, 1)
+                ups += u.to(tl.float32) * h[None, :]
+                u = block(up, places, live, at + BK, k, up_stride)
+            w = block(weight, places, live, at + BK, k, stride)
+        total, others = tl.sum(dots, 1), tl.sum(ups, 1)
+        if NORM == RMS:
+            inv = tl.rsqrt(tl.sum(squares, 0) / k + eps)
     if NORM == RMS:
-        factor = tl.rsqrt(tl.sum(squares, 0) / k + eps)
-        total *= factor
-        others *= factor
+        total *= inv
+        others *= inv
     out = finished(total, others if up is not None else None, bias, up_bias, rows, live, scale, cap, ACT, CAP)
     if residual is not None:
         out += tl.load(residual + rows, mask=live, other=0).to(tl.float32)

@@ -37,21 +37,36 @@ class Reach(NamedTuple):
     warps: int = 4
 
 
+class Stretches(NamedTuple):
+    """Attention of one row, not joined yet: float32 [count, heads, dv], and their sums' logarithms [count, heads]."""
+
+    found: Tensor
+    logs: Tensor
+    dv: int
+    count: int
+
+
 def options(config: Config, pdl: bool) -> dict[str, int | bool]:
     return {"num_warps": config.warps, "num_stages": config.stages} | ({"launch_pdl": True} if pdl else {})
 
 
 def one(
-    x: Tensor, weight: Tensor, up: Tensor | None, y: Tensor, norm: Norm | None, after: After, config: Config, pdl: bool
-) -> None:
-    """y = what follows the product of norm(x), a row [k], with weight [n, k]; with `up`, gated by it."""
+    x: Tensor, weight: Tensor, up: Tensor | None, y: Tensor, norm: Norm | None, after: After, config: Config, pdl: bool,
+    stretches: Stretches | None = None,
+) -> None:  # fmt: skip
+    """y = what follows the product of norm(x), a row [k], with weight [n, k]; with `up`, gated by it. With
+    `stretches` x is not read, but joined from them."""
     n, k = weight.shape
     kind, gain, shift, centred = _norm(norm)
+    size = min(config.inputs, max(16, 1 << (k.bit_length() - 1)))
+    tail = triton.next_power_of_2(max(k - size, 16))
+    whole = k <= config.inputs and (k == size or tail <= size)
+    row = (x, None, 1, 0) if stretches is None else (*stretches[:2], stretches.dv, stretches.count)
     dense.one[(triton.cdiv(n, config.outputs),)](
-        *(x, weight, up, gain, shift, after.bias, after.up_bias, after.residual, y, n, k, weight.stride(0)),
+        *(*row[:2], weight, up, gain, shift, after.bias, after.up_bias, after.residual, y, n, k, weight.stride(0)),
         *(0 if up is None else up.stride(0), norm.eps if norm else 0.0, after.scale, after.cap or 1.0),
         *(config.ahead if _even(weight) and (up is None or _even(up)) else 0, kind, centred, after.activation),
-        *(after.cap is not None, config.outputs, config.inputs, k <= config.inputs, pdl),
+        *(after.cap is not None, *row[2:], config.outputs, size if whole else config.inputs, tail, whole, pdl),
         **options(config, pdl),
     )
 
@@ -91,11 +106,13 @@ def attend(
     caches: tuple[Tensor, Tensor],
     positions: Tensor,
     slots: Tensor,
-    scratch: tuple[Tensor, Tensor],
+    scratch: tuple[Tensor, Tensor, Tensor],
     reach: Reach,
+    later: bool,
     pdl: bool,
 ) -> None:
-    """`rows` are q, k, v and out [rows, features]; `scratch` the room for stretches and the counters, zeros."""
+    """`rows` are q, k, v and out [rows, features]; `scratch` the room for stretches, for their logarithms, and the
+    counters, zeros. With `later` the stretches are left there to be joined."""
     (q, k, v, y), (keys, values), rotary = rows, caches, step.rotary
     (q_kind, *q_norm, q_centred), (k_kind, *k_norm, k_centred) = _norm(step.q_norm), _norm(step.k_norm)
     group, up = step.heads // step.kv_heads, triton.next_power_of_2
@@ -108,7 +125,7 @@ def attend(
         *(step.softcap or 1.0, step.q_norm.eps if step.q_norm else 0.0, step.k_norm.eps if step.k_norm else 0.0),
         *(reach.least, group, up(max(group, 16)), step.d, up(max(step.d, 16)), step.dv, up(max(step.dv, 16)), half),
         *(interleaved, q_kind != PLAIN, q_centred, k_kind != PLAIN, k_centred, step.softcap is not None),
-        *(reach.keys, reach.splits, min(16, up(reach.splits)), pdl),
+        *(reach.keys, reach.splits, min(8, up(reach.splits)), up(group), later, pdl),
         **options(Config(0, 0, 0, warps=reach.warps), pdl),
     )
 
