@@ -104,6 +104,19 @@ class Graph:
         self.values[name], self.written[name] = value, str(like.dtype).removeprefix("torch.")
         return node
 
+    def read_tensors(self) -> set[str]:
+        """The parameters and buffers that something reads."""
+        placed = self.placeholders("parameter") | self.placeholders("buffer")
+        return {name for name, node in placed.items() if node.users}
+
+    def drop(self, names: set[str]) -> None:
+        """Take away parameters and buffers that nothing reads."""
+        placed = self.placeholders("parameter") | self.placeholders("buffer")
+        for name in names & placed.keys():
+            self.fx.erase_node(placed[name])
+            self.values.pop(name, None)
+            self.written.pop(name, None)
+
     def insert(self, target: Any, args: tuple, before: fx.Node, kwargs: dict | None = None) -> fx.Node:
         """A new call in front of a node, with its shape worked out on the meta device; it takes that node's place."""
         with self.fx.inserting_before(before):

@@ -108,8 +108,10 @@ class Rewrite:
         else:
             chosen = _chosen(self.name, found, {s if isinstance(s, str) else s.where for s in sites})
         if chosen:
+            read = changed.read_tensors()
             self.change(changed, chosen)
             changed.fx.eliminate_dead_code()
+            changed.drop(read - changed.read_tensors())
             changed.fx.lint()
         return changed
 

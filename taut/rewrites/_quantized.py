@@ -20,7 +20,6 @@ from taut.ops.dequantize import dequantize
 from taut.ops.expert_linear import expert_linear
 from taut.ops.linear import linear
 from taut.rewrite import TAUT, Bound, Exactness, Form, Rewrite, Site
-from taut.rewrites._unused import drop_unused
 from taut.values import Value
 
 aten = torch.ops.aten
@@ -119,7 +118,6 @@ def _is_token(node: Any) -> bool:
 def _change(graph: Graph, chosen: list[Site]) -> None:
     for site in chosen:
         _put(graph, site.detail)
-    drop_unused(graph, [site.detail.name for site in chosen])
 
 
 def _put(graph: Graph, matrix: Matrix) -> None:

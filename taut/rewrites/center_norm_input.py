@@ -20,11 +20,9 @@ from torch import Tensor, fx
 
 from taut.facts.mean import Means, Stream, constant_gain
 from taut.graph import Graph, shape
-from taut.lift._match import through_casts
 from taut.ops.layer_norm import layer_norm
 from taut.ops.rms_norm import rms_norm
 from taut.rewrite import TAUT, Exactness, Form, Rewrite, Site
-from taut.rewrites._unused import drop_unused
 from taut.values import Centred
 
 aten = torch.ops.aten
@@ -73,15 +71,13 @@ def change(graph: Graph, chosen: list[Site]) -> None:
     writers = {name: axis for site in chosen for name, axis in site.detail.writers.items()}
     for name, axis in writers.items():
         graph.values[name] = Centred(graph.values[name], axis)
-    left = [name for site in chosen for name in _without_mean(graph, site.detail.norm)]
-    drop_unused(graph, left)
+    for site in chosen:
+        _without_mean(graph, site.detail.norm)
 
 
-def _without_mean(graph: Graph, norm: fx.Node) -> list[str]:
-    """Put an RMSNorm in a LayerNorm's place; a folded gain and bias fall away. Returns the norm's own parameters."""
+def _without_mean(graph: Graph, norm: fx.Node) -> None:
+    """Put an RMSNorm in a LayerNorm's place; a folded gain and bias fall away."""
     x, gain, bias, eps = norm.args
-    parts = (through_casts(part) for part in (gain, bias) if isinstance(part, fx.Node))
-    own = [part.meta["tensor"] for part in parts if part.op == "placeholder"]
     gain = None if gain is not None and constant_gain(graph, gain) == 1.0 else gain
     bias = None if bias is not None and constant_gain(graph, bias) == 0.0 else bias
     new = graph.insert(rms_norm, (x, gain, eps), norm)
@@ -89,7 +85,6 @@ def _without_mean(graph: Graph, norm: fx.Node) -> list[str]:
         new = _as_before(graph, graph.insert(aten.add.Tensor, (new, bias), norm), norm)
     norm.replace_all_uses_with(new)
     graph.fx.erase_node(norm)
-    return own
 
 
 def _as_before(graph: Graph, new: fx.Node, old: fx.Node) -> fx.Node:

@@ -30,7 +30,6 @@ from taut.ops.layer_norm import layer_norm
 from taut.ops.linear import linear
 from taut.ops.rms_norm import rms_norm
 from taut.rewrite import TAUT, Exactness, Form, Rewrite, Site
-from taut.rewrites._unused import drop_unused
 from taut.values import WithoutLast
 
 aten = torch.ops.aten
@@ -191,9 +190,9 @@ def change(graph: Graph, chosen: list[Site]) -> None:
             _shorten(graph, name, WithoutLast(graph.values[name], axis, less=True), axis)
         for node, axis in stream.nodes.items():
             _resize(node, axis)
-        norms = [_compressed(graph, norm, set(stream.readers)) for norm in stream.norms]
+        for norm in stream.norms:
+            _compressed(graph, norm, set(stream.readers))
         _reshape_all(graph)
-        drop_unused(graph, [name for own in norms for name in own])
 
 
 def _shorten(graph: Graph, name: str, value: WithoutLast, axis: int) -> None:
@@ -213,21 +212,19 @@ def _resize(node: Any, axis: int) -> None:
         node.args = (source, sizes, *rest)
 
 
-def _compressed(graph: Graph, norm: fx.Node, readers: set[str]) -> list[str]:
-    """Put a crms_norm in a norm's place. Returns the norm's own parameters."""
+def _compressed(graph: Graph, norm: fx.Node, readers: set[str]) -> None:
+    """Put a crms_norm in a norm's place."""
     x, gain, eps = norm.args
     whole = not any(_reads(user, readers) for user, _ in _reading(norm))
     if not whole:
         for node in _between(norm):
             _resize(node, len(shape(node)) - 1)
     scaled = gain is not None and constant_gain(graph, gain) != 1.0
-    own = [gain.meta["tensor"]] if isinstance(gain, fx.Node) and gain.op == "placeholder" and not scaled else []
     with graph.fx.inserting_before(norm):
         new = graph.fx.call_function(crms_norm, (x, gain if scaled else None, eps, whole))
     new.meta = dict(norm.meta)
     norm.replace_all_uses_with(new)
     graph.fx.erase_node(norm)
-    return own
 
 
 def _between(norm: fx.Node) -> set[fx.Node]:

@@ -27,7 +27,6 @@ from taut.graph import Graph, is_getitem, shape
 from taut.lift._match import is_call, through_casts
 from taut.ops.linear import linear
 from taut.rewrite import TAUT, Exactness, Form, Rewrite, Site
-from taut.rewrites._unused import drop_unused
 from taut.values import Filled, InverseRoot, Original, Pick, Scaled, Shifted, Sum, Value
 
 aten = torch.ops.aten
@@ -228,7 +227,7 @@ def change(graph: Graph, chosen: list[Site]) -> None:
             _add_bias(graph, layer, value)
         source: Any = fold.norm.args[0]
         fold.norm.replace_all_uses_with(source)
-        _remove(graph, fold.norm)
+        graph.fx.erase_node(fold.norm)
 
 
 def _add_bias(graph: Graph, layer: Any, value: Value) -> None:
@@ -243,16 +242,6 @@ def _add_bias(graph: Graph, layer: Any, value: Value) -> None:
 def _out_axis(layer: fx.Node) -> int:
     weight: Any = layer.args[1]
     return len(shape(layer)) - 1 if layer.target is linear else len(shape(layer)) - len(shape(weight)) + 1
-
-
-def _remove(graph: Graph, norm: fx.Node) -> None:
-    """The norm goes, and its parameters and statistics with it where nobody else reads them."""
-    sources = [node for node in norm.all_input_nodes if node is not norm.args[0]]
-    graph.fx.erase_node(norm)
-    drop_unused(graph, [node.meta["tensor"] for node in sources if node.meta.get("kind") == "parameter"])
-    for node in sources:
-        if node.op == "placeholder" and not node.users and node.meta["kind"] == "buffer":
-            graph.fx.erase_node(node)
 
 
 fold_batch_norm = Rewrite(

@@ -21,7 +21,6 @@ from taut.facts.contraction import also_read, name_of, uses
 from taut.graph import Graph, shape
 from taut.ops.linear import linear
 from taut.rewrite import TAUT, Exactness, Form, Rewrite, Site
-from taut.rewrites._unused import drop_unused
 from taut.values import Stacked
 
 aten = torch.ops.aten
@@ -110,7 +109,6 @@ def _new_names(group: Group) -> dict[int, str]:
 def change(graph: Graph, chosen: list[Site]) -> None:
     for site in chosen:
         _merge(graph, site.detail)
-        drop_unused(graph, site.reads)
 
 
 def _merge(graph: Graph, group: Group) -> None:
