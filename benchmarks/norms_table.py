@@ -2,9 +2,9 @@
 
     python benchmarks/norms_table.py                # writes the tables into the page, and docs/norms.png
 
-The first table is read from the modules of `taut/nn/norm` and measured on them: parameters, reductions in the reference
-code, what an input scaled or shifted does to the output. The second is that of
-foldable_table.py. The others are computed from the record of norms.py.
+The first table is read from the modules of `taut/nn/norm` and measured on them: parameters, reductions and operations
+in the reference code, what an input scaled or shifted does to the output, and which rewrites take something of it away.
+The second is that of foldable_table.py. The others are computed from the record of norms.py.
 """
 
 from __future__ import annotations
@@ -22,10 +22,14 @@ import torch
 from foldable_table import foldable_table
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from taut import techniques
 from taut.catalogue import modules
+from taut.lift import lift
 from taut.nn import norm
+from taut.rewrite import rewrites
+from taut.tracing import CannotTrace, trace
 
 HERE = Path(__file__).parent
 RECORD = HERE / "results" / "h200" / "norms.json"
@@ -38,16 +42,64 @@ REDUCTIONS = {
 REFERENCE = "RMSNorm"
 
 
-class Reductions(TorchDispatchMode):
-    """Counts the reductions that run inside."""
+WHOLE = {"native_layer_norm": 6, "native_batch_norm": 6}
+"""Operations a value of the norms that torch computes in one call: the statistics take four, normalising two."""
+REMOVERS = ("fold_batch_norm", "fold_norm", "fold_qk_norm_gain", "center_norm_input", "defer_norm")
+
+
+class Counted(TorchDispatchMode):
+    """Counts what runs inside: reductions, and operations on values, of which a reduction has one for each it reads."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.reductions, self.operations = 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += REDUCTIONS.get(func._schema.name.removeprefix("aten::"), 0)
-        return func(*args, **kwargs or {})
+        name, result = func._schema.name.removeprefix("aten::"), func(*args, **kwargs or {})
+        self.reductions += REDUCTIONS.get(name, 0)
+        if name in REDUCTIONS:
+            self.operations += WHOLE.get(name, 1) * args[0].numel()
+        elif torch.Tag.pointwise in func.tags:
+            self.operations += tree_leaves(result)[0].numel()
+        return result
+
+
+class Between(nn.Module):
+    """A norm between two layers, which nothing else reads; a pair of norms inside attention."""
+
+    def __init__(self, layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        super().__init__()
+        shape = arguments[0].shape
+        self.pair, self.batch = len(arguments) == 2 and arguments[1].is_floating_point(), hasattr(layer, "running_var")
+        d = shape[1] if self.batch else shape[-1]
+        conv = (nn.Conv1d, nn.Conv2d)[len(shape) - 3] if self.batch else None
+        make = (lambda a, b: conv(a, b, 1)) if conv else nn.Linear
+        self.a, self.b, self.layer = make(d, d), make(d, d), layer
+        self.x = torch.randn(2, d, *shape[2:]) if self.batch else torch.randn(2, 6, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.pair:
+            return self.b(self.layer(self.a(x)))
+        q, k = (part(x)[:, None] for part in (self.a, self.b))
+        q, k = self.layer(q, k)
+        return nn.functional.scaled_dot_product_attention(q, k, x[:, None])
+
+
+def removed(layer: nn.Module, arguments: tuple[Tensor, ...]) -> str:
+    """The rewrites that take something of a norm away between two layers, each after those before it."""
+    model = Between(layer, arguments).float().eval()
+    for parameter in layer.parameters():
+        parameter.data = torch.rand_like(parameter) + 0.5
+    try:
+        graph = lift(trace(model, {"x": model.x}))
+    except CannotTrace:
+        return "none"
+    names = []
+    for name in REMOVERS:
+        if any(site.refused is None for site in rewrites()[name].find(graph)):
+            graph = rewrites()[name].apply(graph)
+            names.append(f"`{name}`")
+    return ", ".join(names) or "none"
 
 
 def made(*shape: int) -> Tensor:
@@ -81,16 +133,18 @@ def norms_table() -> str:
     """A row for each norm in `taut/nn/norm`."""
     torch.manual_seed(0)
     lines = [
-        "| norm | what it computes | parameters | reductions | x → 4x | x → x + 1 | source |",
-        "|---|---|---|---|---|---|---|",
+        "| norm | what it computes | parameters | reductions | operations | x → 4x | x → x + 1 | goes by | source |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for module, kind, layer, arguments in examples():
-        with Reductions() as reductions:
+        with Counted() as counted:
             layer(*arguments)
         names = ", ".join(name for name, _ in layer.named_parameters()) or "none"
+        values = sum(a.numel() for a in arguments if a.is_floating_point())
         same = (unchanged(layer, arguments, 4, 0), unchanged(layer, arguments, 1, 1))
-        cells = (f"`{kind.__name__}`", formula(kind), names, str(reductions.count), *same,
-                 techniques.paragraph(module, "Source"))  # fmt: skip
+        operations = "emulated" if hasattr(module, "study") else str(round(counted.operations / values))
+        cells = (f"`{kind.__name__}`", formula(kind), names, str(counted.reductions), operations, *same,
+                 removed(layer, arguments), techniques.paragraph(module, "Source"))  # fmt: skip
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 

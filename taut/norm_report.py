@@ -1,6 +1,6 @@
 """What each norm of a model costs and why: which are free, which can be made free and by what, which never.
 
-Source: the report per norm of Luo et al., Enjoy Your Layer Normalization with the Computational Efficiency of RMSNorm,
+Source: the report per norm of Guo et al., Enjoy Your Layer Normalization with the Computational Efficiency of RMSNorm,
 2026, arXiv:2605.14521 (foldable norms); what makes a norm free: Graef et al., FlashNorm, 2024, arXiv:2407.09577.
 Differs: a norm has three parts, each judged by the rewrites that remove it, and the reasons are those rewrites' own.
 """

@@ -1,5 +1,7 @@
 import torch
+from torch import nn
 
+import taut
 from taut.nn.norm.dyt import DyT
 
 
@@ -15,9 +17,12 @@ def test_is_a_scaled_tanh_of_every_element():
 
 def test_gain_and_bias_fold_into_the_next_layer():
     torch.manual_seed(0)
-    norm, x, weight = DyT(24).double(), torch.randn(8, 24).double(), torch.randn(16, 24).double()
+    model = nn.Sequential(DyT(24), nn.Linear(24, 16)).double()
     with torch.no_grad():
-        norm.weight.normal_()
-        norm.bias.normal_()
-    folded = torch.tanh(norm.alpha * x) @ (weight * norm.weight).T + weight @ norm.bias
-    torch.testing.assert_close(folded, norm(x) @ weight.T, rtol=1e-12, atol=1e-12)
+        model[0].weight.normal_()
+        model[0].bias.normal_()
+    x = torch.randn(8, 24).double()
+    folded = taut.apply(model, example={"input": x})
+    assert torch.equal(folded[0].weight, torch.ones(24).double())
+    assert not folded[0].bias.any()
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-12, atol=1e-12)
