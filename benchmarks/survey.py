@@ -97,13 +97,13 @@ def examine(name: str, kind: str, limit: float = LIMIT_S) -> Record:
     """Build, trace, rewrite and prove one class; whatever goes wrong is in the record."""
     record, began = Record(name, kind), time.process_time()
     try:
-        with _limited(limit):
+        with limited(limit):
             _examine(record)
     except CannotShrink as error:
         record.verdict, record.reason = "not built", str(error)
     except CannotTrace as error:
         record.verdict, record.reason = "not traced", str(error)
-    except _TooLong:
+    except TooLong:
         record.verdict, record.reason = "error", f"took more than {limit:.0f} s"
     except Exception as error:
         record.verdict, record.reason = "error", f"{type(error).__name__}: {str(error)[:300]}"
@@ -172,11 +172,11 @@ def _gist(reason: str) -> str:
     return " ".join(words)
 
 
-class _TooLong(BaseException):
+class TooLong(BaseException):
     pass
 
 
-class _limited:
+class limited:
     """Stops what is inside after some processor seconds."""
 
     def __init__(self, seconds: float) -> None:
@@ -184,7 +184,7 @@ class _limited:
 
     def __enter__(self) -> None:
         def stop(*_: object) -> None:
-            raise _TooLong
+            raise TooLong
 
         signal.signal(signal.SIGPROF, stop)
         signal.setitimer(signal.ITIMER_PROF, self.seconds)

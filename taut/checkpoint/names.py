@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,7 +116,7 @@ class Located(dict[str, list[Piece]]):
         """A parameter as the module has it, or some of its rows, assembled from its pieces."""
         pieces = self[parameter]
         if pieces and all(piece.in_order for piece in pieces):
-            return _assemble(self.checkpoint, pieces, self.shapes[parameter], rows)
+            return assemble(self.checkpoint, pieces, self.shapes[parameter], rows)
         if parameter not in self._groups:
             raise KeyError(f"{parameter} is not in the checkpoint")
         target, group = self._groups[parameter]
@@ -300,7 +300,11 @@ def _check_missing(found: Located, parameters: set[str]) -> None:
     found.update({name: [] for name in found.absent})
 
 
-def _assemble(checkpoint: Checkpoint, pieces: list[Piece], shape: Shape, rows: slice | None) -> Tensor:
+def assemble(checkpoint: Checkpoint, pieces: Sequence[Piece], shape: Shape, rows: slice | None = None) -> Tensor:
+    """A parameter of some shape, or some of its rows, from its pieces on disk, all of which are in order."""
+    as_it_stands = len(pieces) == 1 and pieces[0] == whole(pieces[0].tensor, shape)
+    if as_it_stands and checkpoint.tensors[pieces[0].tensor].shape == shape:
+        return checkpoint.read(pieces[0].tensor, rows)
     if not shape:
         return checkpoint.read(pieces[0].tensor).reshape(())
     start, stop, _ = (rows or slice(None)).indices(shape[0])

@@ -201,7 +201,8 @@ class Lowering:
         outs = tuple(n for n in nodes if isinstance(n.meta["val"], Tensor) and any(u not in inside for u in n.users))
         names = tuple(self._new(width(n)) for n in outs)
         where = nodes[0].meta.get("where") or "the model"
-        why = f"no word for {', '.join(dict.fromkeys(_named(n) for n in nodes))} in {where}"
+        named = dict.fromkeys(_named(n) for n in [n for n in nodes if not is_move(n)] or nodes)
+        why = f"no word for {', '.join(named)} in {where}"
         self._emit(Torch(names, views, Piece(tuple(nodes), inputs, outs, constants), why), names[0])
         for node, name in zip(outs, names, strict=True):
             self.at[node] = View(name, 0, self.widths[name])

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from taut.checkpoint.probe import Piece
 from taut.coded import Decoded, Turned
 from taut.graph import Graph
 from taut.op import Op
@@ -25,7 +26,7 @@ from taut.user_cache import user_cache
 from taut.values import Filled, Original, Stacked, Value, originals
 from taut.whole_file import whole_file
 
-SCHEMA = 2
+SCHEMA = 3
 NAMESPACES = ("aten", "prims")
 
 
@@ -34,11 +35,19 @@ class CannotSave(Exception):
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where on disk a parameter of some shape lies."""
+
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
 class Stored:
-    """A prepared graph, and the checkpoint's tensor for each of the parameters it is made from."""
+    """A prepared graph, and where each of the parameters lies that it is made from."""
 
     graph: Graph
-    places: Mapping[str, str]
+    places: Mapping[str, Place]
 
 
 def folder() -> Path:
@@ -66,7 +75,7 @@ def save(stored: Stored, path: Path) -> None:
         "values": {name: _value(value) for name, value in graph.values.items()},
         "written": graph.written,
         "outputs": list(graph.outputs),
-        "places": dict(stored.places),
+        "places": {name: _place(place) for name, place in stored.places.items()},
     }
     tensors = {name: graph.tensors[name].clone().contiguous() for name in graph.placeholders("buffer")}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +91,7 @@ def load(path: Path) -> Stored | None:
         with safe_open(path, "pt") as file:
             record = json.loads(file.metadata()["graph"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return Stored(_graph(record, tensors), record["places"])
+        return Stored(_graph(record, tensors), {name: _placed(place) for name, place in record["places"].items()})
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, ImportError):
         return None
 
@@ -90,6 +99,21 @@ def load(path: Path) -> Stored | None:
 def parameters(graph: Graph) -> set[str]:
     """The parameters that a graph is computed from."""
     return {name for value in graph.values.values() for name in originals(value)}
+
+
+# Places
+
+
+def _place(place: Place) -> Any:
+    box = lambda slices: [[part.start, part.stop] for part in slices]  # noqa: E731
+    pieces = [[piece.tensor, box(piece.inside), box(piece.part), list(piece.axes)] for piece in place.pieces]
+    return {"shape": list(place.shape), "pieces": pieces}
+
+
+def _placed(record: Any) -> Place:
+    box = lambda ends: tuple(slice(start, stop) for start, stop in ends)  # noqa: E731
+    pieces = (Piece(name, box(inside), box(part), tuple(axes)) for name, inside, part, axes in record["pieces"])
+    return Place(tuple(record["shape"]), tuple(pieces))
 
 
 # Nodes

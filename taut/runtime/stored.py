@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from taut.checkpoint import Checkpoint, open_checkpoint
+from taut.checkpoint.names import assemble
+from taut.checkpoint.probe import Piece, whole
 from taut.graph import Graph
 from taut.runtime import saved
 from taut.runtime.compiling import Progress, bind, step_graph, stop_tokens, window
@@ -40,9 +42,9 @@ def _identity(checkpoint: Checkpoint, max_length: int | None) -> str:
     return saved.key(config, plan, files, max_length, checkpoint.trust_remote_code)
 
 
-def _reader(checkpoint: Checkpoint, places: Mapping[str, str]) -> Any:
+def _reader(checkpoint: Checkpoint, places: Mapping[str, saved.Place]) -> Any:
     def read(name: str, rows: slice | None) -> Tensor:
-        return checkpoint.read(places[name], rows)
+        return assemble(checkpoint, places[name].pieces, places[name].shape, rows)
 
     return read
 
@@ -70,26 +72,24 @@ def _exported(
     if plan is None:
         graph = prepared(graph)
         graph.read = opened.located.read
-        places = {name: _whole(opened, name) for name in saved.parameters(graph)}
+        places = {name: _place(opened, name) for name in saved.parameters(graph)}
     else:
         graph = prepared(graph, partial(replayed, plan=plan, stored=opened.checkpoint.tensors))
         graph.read = opened.checkpoint.read
-        places = {name: name for name in saved.parameters(graph)}
-    whole = {name: tensor for name, tensor in places.items() if tensor is not None}
-    made = saved.Stored(graph, whole)
-    if len(whole) == len(places):
+        shapes = {name: opened.checkpoint.tensors[name].shape for name in saved.parameters(graph)}
+        places = {name: saved.Place(size, (whole(name, size),)) for name, size in shapes.items()}
+    known = {name: place for name, place in places.items() if place is not None}
+    made = saved.Stored(graph, known)
+    if len(known) == len(places):
         _keep(made, place)
     return made
 
 
-def _whole(opened: Any, name: str) -> str | None:
-    """The checkpoint's tensor that is a parameter as it stands; None where it has to be put together."""
-    pieces = opened.located.get(name) or []
-    if len(pieces) != 1:
-        return None
-    size = opened.located.shapes[name]
-    as_it_stands = pieces[0].axes == tuple(range(len(size)))
-    return pieces[0].tensor if as_it_stands and opened.checkpoint.tensors[pieces[0].tensor].shape == size else None
+def _place(opened: Any, name: str) -> saved.Place | None:
+    """Where a parameter lies; None where its elements lie there in no simple order."""
+    pieces: tuple[Piece, ...] = tuple(opened.located.get(name, ()))
+    simple = bool(pieces) and all(piece.in_order for piece in pieces)
+    return saved.Place(tuple(opened.located.shapes[name]), pieces) if simple else None
 
 
 def _keep(made: saved.Stored, place: Path) -> None:
