@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from torch import Tensor, nn
+from twice import as_accurate
 
 from taut import catalogue
 
@@ -39,6 +40,11 @@ def run(norm: nn.Module, inputs: list[Tensor]) -> tuple[Tensor, ...]:
     return outputs(copy.deepcopy(norm)(*inputs))
 
 
+def true_outputs(module, index: int) -> tuple[Tensor, ...]:
+    norm, inputs = build(module, index, torch.float64)
+    return run(norm, inputs)
+
+
 @pytest.mark.parametrize("module", FILES, ids=lambda m: m.__name__.rpartition(".")[2])
 def test_names_its_source(module):
     assert re.search(r"^Source: (.+\n)*?.*(arXiv:\d{4}\.\d{4,5}|https?://)", module.__doc__, re.M)
@@ -65,8 +71,8 @@ def test_memory_layout_does_not_matter(module, index):
     norm, inputs = build(module, index)
     spread = [torch.stack([x, x], -1)[..., 0] for x in inputs]
     assert not any(x.is_contiguous() for x in spread)
-    for got, want in zip(run(norm, spread), run(norm, inputs), strict=True):
-        torch.testing.assert_close(got, want)
+    for got, want, truth in zip(run(norm, spread), run(norm, inputs), true_outputs(module, index), strict=True):
+        assert as_accurate(got, want, truth)
 
 
 @every_case
@@ -112,15 +118,18 @@ def test_compiles_whole_with_its_gradient(module, index):
     plain, inputs = build(module, index)
     norm = copy.deepcopy(plain)
     results = [outputs(plain(*inputs)), outputs(torch.compile(norm, fullgraph=True, backend="aot_eager")(*inputs))]
-    for want, got in zip(*results, strict=True):
-        torch.testing.assert_close(got, want)
-    for want, got in zip(*(gradients(result, inputs) for result in results), strict=True):
+    wide, exact = build(module, index, torch.float64)
+    results.append(outputs(wide(*exact)))
+    for want, got, truth in zip(*results, strict=True):
+        assert as_accurate(got, want, truth)
+    slopes = [gradients(result, given) for result, given in zip(results, (inputs, inputs, exact), strict=True)]
+    for want, got, truth in zip(*slopes, strict=True):
         assert (got is None) == (want is None)
         if want is not None:
-            torch.testing.assert_close(got, want)
+            assert as_accurate(got, want, truth)
 
 
 def gradients(result: tuple[Tensor, ...], inputs: list[Tensor]) -> tuple[Tensor | None, ...]:
     """Of the outputs with respect to the inputs; None where a unit that is only emulated has none."""
-    upstream = [torch.linspace(-1, 1, y.numel()).view_as(y) for y in result]
+    upstream = [torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y) for y in result]
     return torch.autograd.grad(result, [x for x in inputs if x.requires_grad], upstream, allow_unused=True)
