@@ -151,7 +151,6 @@ def test_gradients_on_a_gpu_are_as_accurate_as_unfused_code(tokens: int):
         fast, plain, wide = (
             [t.to(d).requires_grad_() for t in (*args, gain)] for d in (x.dtype, x.dtype, torch.double)
         )
-        assert op is norm_glu or "gradient" in dict(op.explain(*fast))["triton"]
         found = torch.autograd.grad(op(*fast), fast, dy)
         truth = torch.autograd.grad(op.reference(*wide), wide, dy.double())
         for y, p, t in zip(found, torch.autograd.grad(plainly(*plain), plain, dy), truth, strict=True):

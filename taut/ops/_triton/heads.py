@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from taut.ops._triton.start import early, options
+from taut.ops._triton.start import interpreted, options
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def rope_append(
     With `squares`, float32 [tokens, 1], everything is also divided by sqrt(squares / width + eps): qkv is then the
     product of a raw stream `width` wide, whose sums of squares those are.
     """
-    (tokens, heads, d), kv, pdl = q.shape, keys.shape[1], early(len(q))
+    (tokens, heads, d), kv, pdl = q.shape, keys.shape[1], not interpreted()
     block = max(1, min(triton.next_power_of_2(heads + 2 * kv), 2048 // triton.next_power_of_2(d)))
     block = block if tokens > 64 else min(block, 4)
     place_heads[(tokens, triton.cdiv(heads + 2 * kv, block))](

@@ -118,29 +118,22 @@ def _even(t: Tensor) -> bool:
     return t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 and t.shape[1] % 8 == 0 and t.stride(1) == 1
 
 
-def _aligned(t: Tensor) -> bool:
-    """Whether every row of features begins at a multiple of 16 bytes."""
-    return t.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in t.stride()[:-1])
-
-
 def _source(t: Tensor, rows: int, config: Config, tma: bool) -> Tensor | TensorDescriptor:
     return TensorDescriptor.from_tensor(t, [rows, config.inputs]) if tma else t
 
 
 class Attention(NamedTuple):
-    """Keys a tile, programs a multiprocessor, pipeline stages and warps of the decode attention kernel, and how many
-    keys a program asks for, by the second-level cache, while the kernel before it ends."""
+    """Keys a tile, programs a multiprocessor, pipeline stages and warps of the decode attention kernel."""
 
     keys: int = 64
     programs: int = 1
     stages: int = 4
     warps: int = 4
-    ahead: int = 256
 
 
-FEW_KEYS, SOME_KEYS, MANY_KEYS = Attention(64, 1, 3, 4), Attention(64, 1, 4, 4), Attention(64, 2, 3, 4)
-FEW, SOME = 2**16, 2**18
-"""Keys of all heads up to which the first and the second configuration are the fastest."""
+FEW_KEYS, MANY_KEYS = Attention(stages=3), Attention(stages=4)
+ENOUGH = 2**16
+"""Keys of all heads from which more stages in flight pay."""
 HEAD = Config(64, 64, 64, 1, 6, 4)
 HEAD_OF_FEW = Config(128, 16, 128, 1, 3, 4)
 
@@ -158,9 +151,7 @@ def decode_attention(
 ) -> Tensor:
     """Write the attention of q [batch, heads, d] into y and return it; k and v as in the op, features contiguous."""
     (batch, heads, d), kv_heads, pdl = q.shape, k.shape[1], not interpreted()
-    room = k[..., 0].numel()
-    config = config or (FEW_KEYS if room <= FEW else SOME_KEYS if room <= SOME else MANY_KEYS)
-    aligned = table is None and d % 8 == 0 and all(_aligned(t) for t in (k, v))
+    config = config or (FEW_KEYS if k[..., 0].numel() <= ENOUGH else MANY_KEYS)
     if processors is None:
         processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     programs, group = processors * config.programs, heads // kv_heads
@@ -171,8 +162,7 @@ def decode_attention(
     lean.attend[(programs,)](
         *(q, k, v, lengths, table, y, scratch, batch, kv_heads),
         *(k.shape[2], 0 if table is None else table.stride(0), *k.stride()[:3], *v.stride()[:3], scale),
-        *(rounded, group, triton.next_power_of_2(max(group, 16)), d, width, config.keys),
-        *(config.ahead if aligned else 0, pdl),
+        *(rounded, group, triton.next_power_of_2(max(group, 16)), d, width, config.keys, pdl),
         **started,
     )
     lean.merge[(batch * kv_heads, group)](

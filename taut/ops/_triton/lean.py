@@ -16,8 +16,6 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from taut.ops._triton.products import prefetch
-
 
 @triton.jit
 def share(tiles, heads, most_programs):
@@ -62,7 +60,6 @@ def attend(
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     KEYS: tl.constexpr,
-    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """`heads` key heads with GROUP queries of D features each; ROWS and WIDTH are those rounded up. With a `table` of
@@ -70,19 +67,6 @@ def attend(
     g = tl.program_id(0)
     at, key = tl.arange(0, BATCH), tl.arange(0, KEYS)
     if PDL:
-        if AHEAD > 0:
-            # before the kernel before has ended a length may be of the step before: good enough for a guess, if it is
-            # not left in the first-level cache
-            guess = tl.load(lengths + at, mask=at < batch, other=0, cache_modifier=".cg")
-            guess = tl.cdiv(tl.minimum(tl.maximum(guess, 0), page), KEYS)
-            total, programs = share(guess, heads, tl.num_programs(0))
-            current, stop = total * g // programs, total * (g + 1) // programs
-            if (g < programs) & (current < stop):
-                sequence, head, head_first, per_head = find(guess, at, heads, current)
-                end = tl.minimum((tl.minimum(stop - head_first, per_head)) * KEYS, page)
-                place = tl.minimum((current - head_first) * KEYS + tl.arange(0, AHEAD), end - 1).to(tl.int64)
-                prefetch(k + sequence.to(tl.int64) * k_batch + head.to(tl.int64) * k_head, place * k_row, 0, 2 * D)
-                prefetch(v + sequence.to(tl.int64) * v_batch + head.to(tl.int64) * v_head, place * v_row, 0, 2 * D)
         gdc_wait()
         # only now, so that `merge` may read the lengths before this kernel has ended
         gdc_launch_dependents()
