@@ -33,7 +33,7 @@ class Reach(NamedTuple):
 
     keys: int = 64
     splits: int = 16
-    least: int = 256
+    least: int = 64
     warps: int = 4
 
 
@@ -123,7 +123,17 @@ def attend(
         *(*q_norm, *k_norm, step.first, step.alibi, step.sinks, *scratch, y),
         *(stride(q), stride(k), stride(v), stride(y), *keys.stride()[:2], *values.stride()[:2], step.scale),
         *(step.softcap or 1.0, step.q_norm.eps if step.q_norm else 0.0, step.k_norm.eps if step.k_norm else 0.0),
-        *(reach.least, group, up(max(group, 16)), step.d, up(max(step.d, 16)), step.dv, up(max(step.dv, 16)), half),
+        *(
+            reach.least,
+            0 if pdl and k is not None else 1,
+            group,
+            up(max(group, 16)),
+            step.d,
+            up(max(step.d, 16)),
+            step.dv,
+            up(max(step.dv, 16)),
+            half,
+        ),
         *(interleaved, q_kind != PLAIN, q_centred, k_kind != PLAIN, k_centred, step.softcap is not None),
         *(reach.keys, reach.splits, min(8, up(reach.splits)), up(group), later, pdl),
         **options(Config(0, 0, 0, warps=reach.warps), pdl),
