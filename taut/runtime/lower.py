@@ -27,6 +27,7 @@ from taut.ops.rms_norm import rms_norm
 from taut.rewrite import STEP
 from taut.rewrites._fused import options
 from taut.rewrites.decode_attention import decode_attention
+from taut.runtime.experts import Experts, choices, picked
 from taut.runtime.gathers import without_gathers
 from taut.runtime.heads import CannotLower, Heads
 from taut.runtime.parts import Convert, Parts
@@ -70,8 +71,12 @@ class Lowering:
         self.graph, self.tables = graph, Tables(graph)
         self.parts = Parts(graph, self.tables, convert)
         self.heads = Heads(graph, self.tables, self.parts)
+        self.choices = choices(graph, self.tables)
+        self.absorbed = self.heads.absorbed | picked(self.choices)
         self.steps: list[Step] = []
         self.widths: dict[str, int] = {}
+        self.names: dict[str, str] = {}
+        self.where = ""
         self.at: dict[fx.Node, Any] = {}
         self.made_by: dict[str, Step] = {}
         self.pending: list[fx.Node] = []
@@ -90,14 +95,15 @@ class Lowering:
 
     def program(self) -> Program:
         for node in self.graph.nodes:
-            if node.op == "call_function" and self.tables.kinds[node] == LIVE and node not in self.heads.absorbed:
+            if node.op == "call_function" and self.tables.kinds[node] == LIVE and node not in self.absorbed:
+                self.where = node.meta.get("where", "")
                 self._node(node)
         result: Any = self.graph.output.args[0]
         logits = self._row(result[0])
         if (logits.start, logits.stop) != (0, self.widths[logits.buffer]):
             logits = self._emit(Combine(self._new(logits.stop - logits.start), logits))
         caches = self._caches()
-        program = Program(tuple(self.steps), self.widths, logits.buffer, caches, self.tables.max_length)
+        program = Program(tuple(self.steps), self.widths, logits.buffer, caches, self.tables.max_length, self.names)
         return without_gathers(program)
 
     def _caches(self) -> tuple[tuple[int, int, int], ...]:
@@ -110,6 +116,9 @@ class Lowering:
 
     def _node(self, node: fx.Node) -> None:
         if self._is_token(node):
+            return
+        if node in self.choices:
+            self._experts(node)
             return
         if node.target not in PRODUCTS and any(source in self.pending for source in node.all_input_nodes):
             self._later(node)  # what torch has begun it also ends
@@ -204,6 +213,7 @@ class Lowering:
         named = dict.fromkeys(_named(n) for n in [n for n in nodes if not is_move(n)] or nodes)
         why = f"no word for {', '.join(named)} in {where}"
         self._emit(Torch(names, views, Piece(tuple(nodes), inputs, outs, constants), why), names[0])
+        self.names |= dict.fromkeys(names, where)
         for node, name in zip(outs, names, strict=True):
             self.at[node] = View(name, 0, self.widths[name])
 
@@ -221,7 +231,7 @@ class Lowering:
 
     def _new(self, size: int) -> str:
         name = f"b{len(self.widths)}"
-        self.widths[name] = size
+        self.widths[name], self.names[name] = size, self.where
         return name
 
     def _emit(self, step: Step, out: str | None = None) -> View:
@@ -263,6 +273,14 @@ class Lowering:
             )
         )
         return True
+
+    def _experts(self, node: fx.Node) -> None:
+        choice, out = self.choices[node], self._new(width(node))
+        weight = self.parts.stored(choice.weight)
+        run = Experts(weight.mT.contiguous() if choice.turned else weight)
+        views = self._row(choice.x), self._row(choice.ids)
+        why = f"no word for experts in {node.meta.get('where') or 'the model'}"
+        self.at[node] = self._emit(Torch((out,), views, run, why), out)
 
     def _glu(self, node: Any) -> bool:
         x, gate, up, act = node.args

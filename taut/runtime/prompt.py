@@ -6,10 +6,7 @@ is the model's own arithmetic; all else is multiplied in float32. Sums, norms an
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from taut.ops._cpu import address, tag, threads
@@ -20,6 +17,7 @@ from taut.ops.linear import FEW_TOKENS, linear, many
 from taut.ops.rms_norm import rms_norm
 from taut.runtime._numba import prompt as kernels
 from taut.runtime.plain import Caches, PlainRunner
+from taut.runtime.products import multiplied
 from taut.runtime.steps import Attend, Glu, Norm, Program, Rotary, Weight
 
 QUERIES = 128
@@ -44,14 +42,11 @@ class PromptRunner(PlainRunner):
         return self._multiplied(x, weight, bias).float()
 
     def _multiplied(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-        """The product in the dtype in which it is computed."""
-        data, scale = weight.data, weight.scale
+        if weight.scale is None:
+            return multiplied(x, weight.data, bias)
         if len(x) <= FEW_TOKENS:
-            return linear(x.contiguous(), data, bias, scale)
-        if data.dtype == torch.bfloat16 and multiplies_bfloat16():
-            y = F.linear(x.bfloat16(), data)
-            return y if bias is None else bias + y
-        return linear(x.contiguous(), self._wide(weight), bias)
+            return linear(x.contiguous(), weight.data, bias, weight.scale)
+        return multiplied(x, self._wide(weight), bias)
 
     def _wide(self, weight: Weight) -> Tensor:
         data, scale = weight.data, weight.scale
@@ -105,10 +100,3 @@ class PromptRunner(PlainRunner):
         sizes = heads, rows, len(k), start, first, last, step.scale, step.softcap or 0.0
         kernels.weights(address(scores), *sizes, alibi, sinks, threads(scores.nbytes))
         return many(scores, v.mT).unflatten(0, (heads, rows)).transpose(0, 1)
-
-
-@cache
-def multiplies_bfloat16() -> bool:
-    """Whether the processor has products of bfloat16, which torch's library then uses."""
-    known = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
