@@ -9,7 +9,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from inspect import Parameter as Argument
+from inspect import signature
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -19,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 
 Reason = str | None
 PLAIN = Tensor, Parameter
+NUMBERS = {float: "float", int: "SymInt", bool: "bool", str: "str"}
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,8 @@ class Op:
     def impl(self, name: str, *, when: Callable[..., Reason], opaque: bool = False):
         """Attach a faster implementation; the one attached last is tried first.
 
-        `opaque` says that it is no torch code: a traced program then holds it as one custom op, `taut::<op>_<name>`.
+        `opaque` says that it is no torch code: a traced program then holds it as one custom op, `taut::<op>_<name>`, of
+        the reference's arguments.
         """
 
         def attach(run: Callable[..., Any]):
@@ -109,7 +114,7 @@ class Op:
 
 def _traceable(name: str, run: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
     """`run`, which a tracer sees as a custom op with the reference's shapes; called directly when nothing traces."""
-    custom = torch.library.custom_op(name, run, mutates_args=())
+    custom = torch.library.custom_op(name, run, mutates_args=(), schema=_schema(reference))
     custom.register_fake(lambda *args, **kwargs: tree_map_only(Tensor, _dense, reference(*args, **kwargs)))
 
     @functools.wraps(run)
@@ -119,6 +124,24 @@ def _traceable(name: str, run: Callable[..., Any], reference: Callable[..., Any]
         return run(*args, **kwargs) if direct else custom(*args, **kwargs)
 
     return call
+
+
+def _schema(function: Callable[..., Any]) -> str:
+    """Arguments and results of a function in the words of torch's dispatcher, from its annotations."""
+    hints = get_type_hints(function)
+    given = [_argument(p, hints[name]) for name, p in signature(function).parameters.items()]
+    back = get_args(hints["return"]) if get_origin(hints["return"]) is tuple else ()
+    return f"({', '.join(given)}) -> {'(' + ', '.join('Tensor' for _ in back) + ')' if back else 'Tensor'}"
+
+
+def _argument(parameter: Argument, hint: Any) -> str:
+    """A number that may also be a tensor is a number: the tensor goes to the reference."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    number = next((NUMBERS[kind] for kind in kinds if kind in NUMBERS), "Tensor")
+    optional = "?" if type(None) in kinds else ""
+    default = parameter.default
+    text = f'"{default}"' if isinstance(default, str) else str(default)
+    return f"{number}{optional} {parameter.name}" + ("" if default is parameter.empty else f"={text}")
 
 
 def _dense(t: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def _triton_fits(x, residual, gain=None, eps=1e-6) -> Reason:
 
 
 @add_rms_norm.impl("triton", when=_triton_fits, opaque=True)
-def _(x: Tensor, residual: Tensor, gain: Tensor | None = None, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+def _(x, residual, gain=None, eps=1e-6):
     y, total = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
     d = x.shape[-1]
     _gpu.kernel("rows", "add_norm_rows")(x.reshape(-1, d), residual.reshape(-1, d), gain, total, y, eps)
@@ -60,7 +60,7 @@ def _fits(x, residual, gain=None, eps=1e-6) -> Reason:
 
 
 @add_rms_norm.impl("numba", when=_fits, opaque=True)
-def _(x: Tensor, residual: Tensor, gain: Tensor | None = None, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+def _(x, residual, gain=None, eps=1e-6):
     y, total, d = torch.empty_like(x), torch.empty_like(x), x.shape[-1]
     places = x.data_ptr(), residual.data_ptr(), address(gain), y.data_ptr(), total.data_ptr()
     kernel("norms", "add_rms_norm")(*places, x.numel() // d, d, eps, threads(2 * x.nbytes), tag(x), tag(gain))

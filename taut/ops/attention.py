@@ -152,18 +152,7 @@ def _(q, k, v, mask=None, scale=None, causal=False, softcap=None, window=None, s
 
 
 @attention.impl("numba", when=_fits, opaque=True)
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    scale: float | None = None,
-    causal: bool = False,
-    softcap: float | None = None,
-    window: int | None = None,
-    sinks: Tensor | None = None,
-    alibi: Tensor | None = None,
-) -> Tensor:
+def _(q, k, v, mask=None, scale=None, causal=False, softcap=None, window=None, sinks=None, alibi=None):
     (batch, heads, _, d), (_, kv_heads, keys, dv) = q.shape, v.shape
     lowest = 0 if window is None else max(0, keys - window)
     step = max(CHUNK, -(-(keys - lowest) // MOST_CHUNKS))

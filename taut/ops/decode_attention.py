@@ -73,8 +73,6 @@ def _fits(q, k, v, lengths, table=None, scale=None) -> Reason:
 
 
 @decode_attention.impl("triton", when=_fits, opaque=True)
-def _(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, table: Tensor | None = None, scale: float | None = None
-) -> Tensor:
+def _(q, k, v, lengths, table=None, scale=None):
     y = torch.empty_like(q, memory_format=torch.contiguous_format)
     return kernel("launch", "decode_attention")(q.contiguous(), k, v, lengths, table, y, scale)

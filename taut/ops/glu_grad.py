@@ -49,6 +49,6 @@ def _fits(dy, gate, up, act="silu") -> Reason:
 
 
 @glu_grad.impl("triton", when=_fits, opaque=True)
-def _(dy: Tensor, gate: Tensor, up: Tensor, act: str = "silu") -> tuple[Tensor, Tensor]:
+def _(dy, gate, up, act="silu"):
     dense = [t.contiguous() for t in (dy, gate, up)]
     return _gpu.kernel("grads", "glu_grad")(*dense, torch.empty_like(dense[1]), torch.empty_like(dense[2]), act)

@@ -52,7 +52,7 @@ def _fits(x, gain=None, bias=None, eps=1e-5) -> Reason:
 
 
 @layer_norm.impl("numba", when=_fits, opaque=True)
-def _(x: Tensor, gain: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+def _(x, gain=None, bias=None, eps=1e-5):
     y, d = torch.empty_like(x), x.shape[-1]
     places = x.data_ptr(), address(gain), address(bias), y.data_ptr()
     kernel("norms", "layer_norm")(*places, x.numel() // d, d, eps, threads(x.nbytes), tag(x), tag(gain), tag(bias))

@@ -98,7 +98,7 @@ def many(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 @linear.impl("onednn", when=_onednn_fits, opaque=True)
-def _(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+def _(x, weight, bias=None, scale=None):
     return many(x, weight, bias)
 
 
@@ -126,12 +126,12 @@ def _triton_fits(x, weight, bias=None, scale=None) -> Reason:
 
 
 @linear.impl("triton", when=_triton_fits, opaque=True)
-def _(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+def _(x, weight, bias=None, scale=None):
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     config = _gpu.chosen("linear", x, weight, alone=True)
     return _gpu.kernel("launch", "project")(x.reshape(-1, x.shape[-1]), weight, y, config, bias=bias)
 
 
 @linear.impl("numba", when=_fits, opaque=True)
-def _(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+def _(x, weight, bias=None, scale=None):
     return matvec(x, weight, scale, bias=bias)

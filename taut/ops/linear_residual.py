@@ -79,9 +79,7 @@ def _triton_fits(x, weight, residual, bias=None, scale=None) -> Reason:
 
 
 @linear_residual.impl("triton", when=_triton_fits, opaque=True)
-def _(
-    x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None, scale: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def _(x, weight, residual, bias=None, scale=None):
     flat = x.reshape(-1, x.shape[-1])
     if _gpu.many(x):
         y = torch.addmm(residual.reshape(-1, residual.shape[-1]), flat, weight.mT).view(residual.shape)
@@ -94,8 +92,6 @@ def _(
 
 
 @linear_residual.impl("numba", when=_fits, opaque=True)
-def _(
-    x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None, scale: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def _(x, weight, residual, bias=None, scale=None):
     squares = torch.empty(*x.shape[:-1], 1)
     return matvec(x, weight, scale, None, bias, residual, None, squares), squares

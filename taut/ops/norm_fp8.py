@@ -51,6 +51,6 @@ def _fits(x, eps=1e-6) -> Reason:
 
 
 @norm_fp8.impl("triton", when=_fits, opaque=True)
-def _(x: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+def _(x, eps=1e-6):
     codes, scale = _gpu.kernel("quantized", "norm_fp8")(x.reshape(-1, x.shape[-1]), eps)
     return codes.view(x.shape), scale.view(x.shape[:-1])

@@ -104,16 +104,7 @@ def _triton_fits(x, gate, up, gain=None, eps=1e-6, act="silu", gate_scale=None, 
 
 
 @norm_glu.impl("triton", when=_triton_fits, opaque=True)
-def _(
-    x: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    gain: Tensor | None = None,
-    eps: float = 1e-6,
-    act: str = "silu",
-    gate_scale: Tensor | None = None,
-    up_scale: Tensor | None = None,
-) -> Tensor:
+def _(x, gate, up, gain=None, eps=1e-6, act="silu", gate_scale=None, up_scale=None):
     y = x.new_empty(*x.shape[:-1], gate.shape[0])
     flat = x.reshape(-1, x.shape[-1])
     if _gpu.many(x):
@@ -124,16 +115,7 @@ def _(
 
 
 @norm_glu.impl("numba", when=_fits, opaque=True)
-def _(
-    x: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    gain: Tensor | None = None,
-    eps: float = 1e-6,
-    act: str = "silu",
-    gate_scale: Tensor | None = None,
-    up_scale: Tensor | None = None,
-) -> Tensor:
+def _(x, gate, up, gain=None, eps=1e-6, act="silu", gate_scale=None, up_scale=None):
     n, k = gate.shape[0], x.shape[-1]
     tokens = x.numel() // k
     y = x.new_empty(*x.shape[:-1], n)

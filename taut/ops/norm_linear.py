@@ -89,15 +89,7 @@ def _triton_fits(x, weight, gain=None, bias=None, eps=1e-6, residual=None, scale
 
 
 @norm_linear.impl("triton", when=_triton_fits, opaque=True)
-def _(
-    x: Tensor,
-    weight: Tensor,
-    gain: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-6,
-    residual: Tensor | None = None,
-    scale: Tensor | None = None,
-) -> Tensor:
+def _(x, weight, gain=None, bias=None, eps=1e-6, residual=None, scale=None):
     flat = x.reshape(-1, x.shape[-1])
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     rows = None if residual is None else residual.contiguous()
@@ -107,13 +99,5 @@ def _(
 
 
 @norm_linear.impl("numba", when=_fits, opaque=True)
-def _(
-    x: Tensor,
-    weight: Tensor,
-    gain: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-6,
-    residual: Tensor | None = None,
-    scale: Tensor | None = None,
-) -> Tensor:
+def _(x, weight, gain=None, bias=None, eps=1e-6, residual=None, scale=None):
     return matvec(x, weight, scale, gain, bias, residual, eps)

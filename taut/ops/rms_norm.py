@@ -47,7 +47,7 @@ def _triton_fits(x, gain=None, eps=1e-6) -> Reason:
 
 
 @rms_norm.impl("triton", when=_triton_fits, opaque=True)
-def _(x: Tensor, gain: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+def _(x, gain=None, eps=1e-6):
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     return _gpu.kernel("rows", "norm_rows")(x.reshape(-1, x.shape[-1]), gain, y, eps)
 
@@ -57,7 +57,7 @@ def _fits(x, gain=None, eps=1e-6) -> Reason:
 
 
 @rms_norm.impl("numba", when=_fits, opaque=True)
-def _(x: Tensor, gain: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+def _(x, gain=None, eps=1e-6):
     y, d = torch.empty_like(x), x.shape[-1]
     places = x.data_ptr(), address(gain), y.data_ptr()
     kernel("norms", "rms_norm")(*places, x.numel() // d, d, eps, threads(x.nbytes), tag(x), tag(gain))

@@ -54,7 +54,7 @@ def _fits(dy, x, gain, eps=1e-6) -> Reason:
 
 
 @rms_norm_grad.impl("triton", when=_fits, opaque=True)
-def _(dy: Tensor, x: Tensor, gain: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+def _(dy, x, gain, eps=1e-6):
     d = x.shape[-1]
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     run = _gpu.kernel("grads", "rms_norm_grad")
