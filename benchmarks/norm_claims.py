@@ -5,6 +5,7 @@
 - MXNorm and 8-bit rows: norm and quantizer as one kernel against a compiled norm and a compiled quantizer, and against
   both compiled together; for 8-bit rows also with the product behind them.
 - LayerNorm against RMSNorm, both compiled.
+- RMSNorm forward and backward against Liger's kernels, where these are installed.
 - FlashNorm's own protocol (norm, then project, float16): an unfused norm as in its notebook, a compiled one, and its
   deferred form on two streams, called one by one and as CUDA graphs.
 
@@ -14,10 +15,13 @@ Everything but the last "called one by one" is a CUDA graph of calls on inputs o
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import itertools
 import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +32,8 @@ from taut.nn.norm.mx import gaussian_constant
 from taut.ops._triton.timing import copies_for, microseconds
 from taut.ops.mx_norm import mx_norm
 from taut.ops.norm_fp8 import norm_fp8
+from taut.ops.rms_norm import rms_norm
+from taut.ops.rms_norm_grad import rms_norm_grad
 
 EPS, LARGEST = 1e-6, 448.0
 C = gaussian_constant(2, 32)
@@ -137,6 +143,43 @@ def layer_rows() -> list[dict]:
     return rows
 
 
+def liger() -> ModuleType | None:
+    """Liger's RMSNorm kernels, if they are installed."""
+    found = importlib.util.find_spec("liger_kernel")
+    return None if found is None else importlib.import_module("liger_kernel.ops.rms_norm")
+
+
+def rms_row(tokens: int, d: int, peer: ModuleType | None) -> dict:
+    """Microseconds, and terabytes a second of what must be read and written once."""
+    copies, gain = copies_for(6 * tokens * d, least=3, most=24), torch.rand(d, device="cuda").bfloat16() + 0.5
+    xs, ds = ([torch.randn(tokens, d, device="cuda").bfloat16() for _ in range(copies)] for _ in range(2))
+    forward: dict[str, Callable[[int], object]] = {"taut": lambda i: rms_norm(xs[i], gain, EPS, impl="triton")}
+    backward: dict[str, Callable[[int], object]] = {
+        "taut": lambda i: rms_norm_grad(ds[i], xs[i], gain, EPS, impl="triton")
+    }
+    if peer is not None:
+        saved = [peer.rms_norm_forward(x, gain, EPS, 0.0, "llama", None) for x in xs]
+        block, warps, mode = saved[0][3:]
+        forward["Liger"] = lambda i: peer.rms_norm_forward(xs[i], gain, EPS, 0.0, "llama", None)
+        backward["Liger"] = lambda i: peer.rms_norm_backward(
+            ds[i], xs[i], gain, saved[i][2], 0.0, mode, block, warps, True, None
+        )
+    found = {}
+    for name, ways, moved in (("forward", forward, 4), ("backward", backward, 6)):
+        us = dict(zip(ways, microseconds(list(ways.values()), copies, 11), strict=True))
+        found[name] = {way: [round(t, 2), round(moved * tokens * d / t / 1e6, 2)] for way, t in us.items()}
+    return {"tokens": tokens, "d": d, "us and TB/s": found}
+
+
+def rms_rows() -> list[dict]:
+    """RMSNorm with its gain, forward and backward; Liger's backward writes over its input, as it does by default."""
+    rows, peer = [], liger()
+    for d, tokens in itertools.product((2048, 8192), (1024, 16384)):
+        rows.append(rms_row(tokens, d, peer))
+        print("rms", rows[-1], flush=True)
+    return rows
+
+
 def one_by_one(calls: list[Callable], repeats: int = 60) -> list[float]:
     """Microseconds of a call, each between two events, the median."""
     found: list[list[float]] = [[] for _ in calls]
@@ -193,15 +236,23 @@ def flash_rows() -> list[dict]:
     return rows
 
 
-PARTS = {"mx_norm": mx_rows, "norm_fp8": fp8_rows, "layer_norm": layer_rows, "flash_norm": flash_rows}
+PARTS = {
+    "rms_norm": rms_rows,
+    "mx_norm": mx_rows,
+    "norm_fp8": fp8_rows,
+    "layer_norm": layer_rows,
+    "flash_norm": flash_rows,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/h200/norm_claims.json"))
+    parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
     arguments = parser.parse_args()
-    record = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
-    for name, part in PARTS.items():
+    record = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    record |= {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    for name, part in ((name, PARTS[name]) for name in arguments.parts):
         try:
             record[name] = part()
         except Exception as error:
