@@ -14,6 +14,7 @@ import json
 import re
 import statistics
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -43,7 +44,8 @@ REFERENCE = "RMSNorm"
 
 
 WHOLE = {"native_layer_norm": 6, "native_batch_norm": 6}
-"""Operations a value of the norms that torch computes in one call: the statistics take four, normalising two."""
+"""Operations a value of the norms that torch computes in one call: the statistics take four, normalising two, and one
+each gain and bias."""
 REMOVERS = ("fold_batch_norm", "fold_norm", "fold_qk_norm_gain", "center_norm_input", "defer_norm")
 
 
@@ -58,7 +60,8 @@ class Counted(TorchDispatchMode):
         name, result = func._schema.name.removeprefix("aten::"), func(*args, **kwargs or {})
         self.reductions += REDUCTIONS.get(name, 0)
         if name in REDUCTIONS:
-            self.operations += WHOLE.get(name, 1) * args[0].numel()
+            affine = sum(isinstance(a, Tensor) for a in args[1:4]) if name in WHOLE else 0
+            self.operations += (WHOLE.get(name, 1) + affine) * args[0].numel()
         elif torch.Tag.pointwise in func.tags:
             self.operations += tree_leaves(result)[0].numel()
         return result
@@ -107,7 +110,8 @@ def made(*shape: int) -> Tensor:
 
 
 def examples() -> Iterator[tuple[ModuleType, type[nn.Module], nn.Module, tuple]]:
-    """Every norm of the folder, with the first of its own test cases."""
+    """torch's LayerNorm and every norm of the folder, with the first of its own test cases."""
+    yield import_module("taut.ops.layer_norm"), nn.LayerNorm, nn.LayerNorm(24).double(), (made(2, 3, 24),)
     for module in modules(norm.__name__):
         seen = set()
         for case, arguments in module.cases(made) if techniques.paragraph(module, "Source") else ():
@@ -125,6 +129,8 @@ def unchanged(layer: nn.Module, arguments: tuple, factor: float, shift: float) -
 
 def formula(kind: type) -> str:
     """The first clause of a class's docstring that is an equation, else its first sentence."""
+    if kind is nn.LayerNorm:
+        return "y = (x - mean) / sqrt(var + eps) * weight + bias"
     text = " ".join((inspect.getdoc(kind) or "").split())
     return re.split(r"(?<=[^.])[.;:] |, for | over the last axis", text)[0].rstrip(".,")
 
