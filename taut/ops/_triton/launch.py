@@ -192,11 +192,11 @@ def sample_lm_head(
     log_z = torch.empty(len(x), dtype=torch.float32, device=x.device)
     config = config or (HEAD_OF_FEW if len(x) <= HEAD_OF_FEW.tokens else HEAD)
     if top_k is None:
-        noisy, ids, tops, sums = _drawn(x, weight, temperature, key, mask, eps, config)
+        noisy, ids, tops, sums = drawn(x, weight, temperature, key, mask, eps, config)
         _best_tile(noisy, ids, tops, sums, best, log_z)
         return best, log_z
     kept, pdl = triton.next_power_of_2(max(top_k, 2)), not interpreted()
-    _, found, *_ = _drawn(x, weight, temperature, key, mask, eps, config, min(kept, config.outputs))
+    _, found, *_ = drawn(x, weight, temperature, key, mask, eps, config, min(kept, config.outputs))
     found = _greatest(found.flatten(1), kept)
     sampling.draw_kept[(len(x),)](
         *(found, temperature, key, best, log_z, top_k, found.shape[1], pdl), **options(pdl=pdl)
@@ -208,12 +208,12 @@ def argmax_lm_head(x: Tensor, weight: Tensor, config: Config | None = None) -> T
     """int64 [batch]: the most likely token of each row of x [batch, k]; a norm before would not change it."""
     best = torch.empty(len(x), dtype=torch.int64, device=x.device)
     config = config or (HEAD_OF_FEW if len(x) <= HEAD_OF_FEW.tokens else HEAD)
-    noisy, ids, *_ = _drawn(x, weight, None, None, None, None, config)
+    noisy, ids, *_ = drawn(x, weight, None, None, None, None, config)
     _best_tile(noisy, ids, None, None, best, None)
     return best
 
 
-def _drawn(
+def drawn(
     x: Tensor,
     weight: Tensor,
     temperature: Tensor | None,
