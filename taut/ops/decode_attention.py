@@ -3,7 +3,7 @@
 Source: Sanovar, Bharadwaj, St. Amant, Ruehle and Rajmohan, LeanAttention, 2024, arXiv:2405.10480; pages: Kwon et al.,
 PagedAttention, 2023, arXiv:2309.06180.
 Differs: partial results are merged in the order of the keys, so that every run gives the same bits; a sequence without
-keys gives zeros.
+keys gives zeros. It is `cache_attention` by the number of keys instead of the position, and with pages.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from taut.op import Reason, Work, nbytes, op
 from taut.ops._gpu import HALVES, kernel, refusal
-from taut.ops._wide import wide
+from taut.ops.cache_attention import cache_attention
 
 
 @op
@@ -34,12 +34,8 @@ def decode_attention(
     if table is not None:
         k, v = (t[table].transpose(1, 2).flatten(2, 3) for t in (k, v))
     unseen = torch.arange(k.shape[2], device=k.device) >= lengths[:, None]
-    values = wide(v).masked_fill(unseen[:, None, :, None], 0)
-    scores = wide(q).unflatten(1, (k.shape[1], -1)) @ wide(k).mT * (q.shape[-1] ** -0.5 if scale is None else scale)
-    scores = scores.masked_fill(unseen[:, None, None], float("-inf"))
-    weights = (scores - scores.amax(-1, keepdim=True).nan_to_num(neginf=0)).exp()
-    total = weights.sum(-1, keepdim=True)
-    return (weights @ values / torch.where(total == 0, 1, total)).flatten(1, 2).to(q.dtype)
+    values = v.masked_fill(unseen[:, None, :, None], 0)
+    return cache_attention.reference(q[:, :, None], k, values, lengths - 1, scale=scale)[:, :, 0]
 
 
 @decode_attention.least
