@@ -13,7 +13,7 @@ from torch import Tensor
 from taut.ops._numba.products import ACTS
 from taut.ops._numba.rows import BFLOAT16, FLOAT16, FLOAT32, INT4_FLOAT, INT4_HALF, INT8
 from taut.runtime._numba import table
-from taut.runtime._numba.dense import BLOCK
+from taut.runtime._numba.dense import BLOCK, padded_to
 from taut.runtime._numba.place import MOST_CHUNKS, keys_a_chunk
 from taut.runtime.steps import (
     Attend,
@@ -177,7 +177,7 @@ class Packer:
         fields = {"code": table.LINEAR, "n": step.weight.data.shape[0], "bias": self.vector(step.bias)}
         fields |= self.weight(step.weight, k) | self.input(step.x) | self.norm(step.norm) | self.output(step)
         fields |= {"act": ACTS.index(step.activation or "identity"), "scale": step.scale, "cap": step.softcap or 0.0}
-        self._room((padded(k) + 1 + BLOCK) * self.max_batch)
+        self._room((2 * padded_to(k) + 1 + BLOCK) * self.max_batch)
         return self.record(step, fields | self.view("residual", step.residual))
 
     def _glu(self, step: Glu) -> Record:
@@ -185,7 +185,7 @@ class Packer:
         fields = {"code": table.GLU, "n": step.gate.data.shape[0], "act": ACTS.index(step.activation)}
         fields |= self.weight(step.gate, k) | self.weight(step.up, k, "2") | self.input(step.x) | self.norm(step.norm)
         fields |= {"bias": self.vector(step.gate_bias), "bias2": self.vector(step.up_bias)}
-        self._room((padded(k) + 1 + 2 * BLOCK) * self.max_batch)
+        self._room((2 * padded_to(k) + 1 + 2 * BLOCK) * self.max_batch)
         return self.record(step, fields | self.output(step))
 
     def _combine(self, step: Combine) -> Record:

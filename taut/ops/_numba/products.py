@@ -9,9 +9,8 @@ import numpy as np
 from numba import njit
 
 from taut.ops._numba.parallel import shared
-from taut.ops._numba.rows import dense, grouped, share_of
+from taut.ops._numba.rows import WIDE, arrange, dense, grouped, share_of
 from taut.ops._numba.scalar import JIT, array, down, exp, overload, tanh, up
-from taut.ops._numba.simd import LANES
 
 ACTS = ("identity", "silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh")
 BLOCK = 64
@@ -44,9 +43,9 @@ def activate(x, act):
 def gather(x, gain, norm, eps, tokens, k, x_tag, gain_tag):
     """(x gain in float32, the scalar that each token's products are still to be multiplied by).
 
-    The rows are padded to a multiple of 16 with zeros.
+    The rows are padded to a multiple of 128 with zeros.
     """
-    h, alpha = np.empty((tokens, (k + LANES - 1) // LANES * LANES), np.float32), np.ones(tokens, np.float32)
+    h, alpha = np.empty((tokens, (k + WIDE - 1) // WIDE * WIDE), np.float32), np.ones(tokens, np.float32)
     stored, gains = array(x, (tokens, k), x_tag), array(gain, k, gain_tag)
     for t in range(tokens):
         row, source, squares = h[t], stored[t], nb.float32(0)
@@ -63,10 +62,25 @@ def gather(x, gain, norm, eps, tokens, k, x_tag, gain_tag):
     return h, alpha
 
 
+def ordered(h, w_tag):
+    """Padded rows in the order in which a weight's format reads them."""
+
+
+@overload(ordered, inline="always", jit_options=JIT)
+def _(h, w_tag):
+    return _arranged if w_tag == nb.uint8 else lambda h, w_tag: h
+
+
+def _arranged(h, w_tag):
+    to = np.empty_like(h)
+    arrange(h.ctypes.data, to.ctypes.data, h.size)
+    return to
+
+
 def weigh(w, s, x, x_stride, tokens, k, first, last, out, w_tag, s_tag):
     """out[t, row - first] = (dequantized row of the weight) . x[t], with BLOCK float32 to a row of out.
 
-    x is float32, its rows padded to a multiple of 16 with zeros. Works on addresses, since passing arrays counts
+    x is float32, its rows `ordered`. Works on addresses, since passing arrays counts
     references.
     """
 
@@ -124,6 +138,7 @@ def linear(
 ):
     """y = norm?(x) w^T + bias + residual, and the sums of squares of y's rows where `squares` is an address."""
     h, alpha = gather(x, gain, norm, eps, tokens, k, x_tag, g_tag)
+    h = ordered(h, w_tag)
     share_linear(parts, (h, k, alpha, w, s, bias, residual, y, n, w_tag, s_tag, b_tag, x_tag))
     if squares:
         written, sums = array(y, (tokens, n), x_tag), array(squares, tokens, np.float32(0))
@@ -158,4 +173,5 @@ share_glu = shared(glu_part)
 def norm_glu(x, gate, gate_s, up_, up_s, gain, y, tokens, k, n, eps, act, parts, x_tag, w_tag, s_tag, g_tag):
     """y = act(h gate^T) * (h up^T) with h = rms_norm(x, gain, eps)."""
     h, alpha = gather(x, gain, True, eps, tokens, k, x_tag, g_tag)
+    h = ordered(h, w_tag)
     share_glu(parts, (h, k, alpha, gate, gate_s, up_, up_s, y, n, act, w_tag, s_tag, x_tag))

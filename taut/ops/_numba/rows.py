@@ -1,11 +1,13 @@
-"""Products of a few tokens with the rows of a weight in any stored format: every row is read once.
+"""Products of a few tokens with the rows of a weight in any stored format: every row is read once, in order.
 
-A tile is four rows by up to four tokens. One vector of 16 lanes collects each product in the order of the inputs, and
-its lanes are added in a fixed tree, so a product does not depend on the tile, the batch or the thread it came from.
+Memory is read fastest as one stream a thread, so a row is finished before the next one is begun. Vectors of 16 lanes
+collect each product in an order that depends on nothing but its length, and are added in a fixed tree: a product does
+not depend on the tile, the batch or the thread it came from.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from numba.core import cgutils
 from taut.ops._numba.scalar import FLOAT, INT32, JIT, array, intrinsic, span, splat, widen
 from taut.ops._numba.simd import (
     BITS,
+    FUSE,
     GROUP,
     LANES,
     VECTOR,
@@ -29,51 +32,60 @@ from taut.ops._numba.simd import (
     zeros,
 )
 
-ROWS = 4
-AHEAD, LINE = 20480, 64
-"""How far ahead to ask for memory, in bytes: four rows at once are more than the hardware foresees."""
+ROWS, CHAINS, STEP = 4, 2, 64
+"""Rows of a tile, vectors in which a product is collected by turns, and inputs that are taken at once."""
+AHEAD, LINE = 8192, 64
+"""How far ahead to ask for memory, in bytes: the hardware alone loses the stream at the end of every page."""
 FLOAT32, BFLOAT16, FLOAT16, INT8, INT4_HALF, INT4_FLOAT = range(6)
 """Formats of a weight: three floating ones, int8 with a float32 scale a row, int4 with a scale a group of 32."""
+MANY = 4
+"""Tokens from which on four rows are multiplied at once."""
+QUAD, WIDE = 4, 128
+"""Groups of int4 codes that fill a vector, and the inputs in them."""
 
-BYTES, WORDS = ir.VectorType(ir.IntType(8), LANES), ir.VectorType(INT32, LANES)
+WORDS = ir.VectorType(INT32, LANES)
+Products = list[list[Any]]
 LOOKUP = bool(binding.get_host_cpu_features().get("avx512f"))
 """Whether one instruction looks 16 values up in a table of 16."""
 
 
-def sums_of(builder: Any, sums: list[list[Any]], out: Any, out_stride: Any) -> None:
-    """out[t, j] = the sum of the lanes of sums[j][t]"""
-    tokens = len(sums[0])
-    vectors = [builder.load(row[t]) for t in range(tokens) for row in sums]
-    whole = totals(builder, vectors + [splat(VECTOR, 0.0)] * (LANES - len(vectors)))
-    for t in range(tokens):
-        lanes = [ir.Constant(INT32, len(sums) * t + j) for j in range(len(sums))]
-        part = builder.shuffle_vector(whole, whole, ir.Constant(ir.VectorType(INT32, len(sums)), lanes))
-        store(builder, part, at(builder, out, (t, out_stride)))
+def indices(*numbers: int) -> ir.Constant:
+    return ir.Constant(ir.VectorType(INT32, len(numbers)), [ir.Constant(INT32, n) for n in numbers])
 
 
-def load_first(builder: Any, address: Any, tag: types.Type, count: Any) -> Any:
-    """The first `count` stored values at an address as float32, and zeros."""
-    kind = ir.VectorType(FLOAT if tag == types.float32 else ir.IntType(BITS[tag]), LANES)
-    lane = ir.Constant(WORDS, [ir.Constant(INT32, n) for n in range(LANES)])
-    many = builder.insert_element(ir.Constant(WORDS, ir.Undefined), builder.trunc(count, INT32), ir.Constant(INT32, 0))
-    many = builder.shuffle_vector(many, ir.Constant(WORDS, ir.Undefined), splat(WORDS, 0))
-    seen = builder.icmp_signed("<", lane, many)
-    element = "f32" if tag == types.float32 else f"i{BITS[tag]}"
-    name, place = f"llvm.masked.load.v{LANES}{element}.p0", builder.inttoptr(address, kind.as_pointer())
-    signature = ir.FunctionType(kind, [place.type, INT32, seen.type, kind])
+def stored_type(tag: types.Type) -> ir.Type:
+    return FLOAT if tag == types.float32 else ir.IntType(BITS[tag])
+
+
+def load_first(builder: Any, address: Any, kind: ir.Type, lanes: int, count: Any) -> Any:
+    """A vector of the first `count` values at an address, and zeros."""
+    vector, words = ir.VectorType(kind, lanes), ir.VectorType(INT32, lanes)
+    many = builder.insert_element(ir.Constant(words, ir.Undefined), builder.trunc(count, INT32), ir.Constant(INT32, 0))
+    many = builder.shuffle_vector(many, ir.Constant(words, ir.Undefined), splat(words, 0))
+    seen = builder.icmp_signed("<", indices(*range(lanes)), many)
+    bits = 32 if kind == FLOAT else int(str(kind).removeprefix("i"))
+    name = f"llvm.masked.load.v{lanes}{'f' if kind == FLOAT else 'i'}{bits}.p0"
+    place = builder.inttoptr(address, vector.as_pointer())
+    signature = ir.FunctionType(vector, [place.type, INT32, seen.type, vector])
     read = cgutils.get_or_insert_function(builder.module, signature, name)
-    nothing = ir.Constant(kind, None)
-    return widen(builder, builder.call(read, [place, ir.Constant(INT32, BITS[tag] // 8), seen, nothing]), tag)
+    return builder.call(read, [place, ir.Constant(INT32, bits // 8), seen, ir.Constant(vector, None)])
 
 
-def prefetch(builder: Any, address: Any, count: int) -> None:
-    """Ask for `count` cache lines."""
+def prefetch(builder: Any, address: Any, count: int, once: bool = False) -> None:
+    """Ask for `count` cache lines; where they are read `once`, without room in the further caches."""
     place = ir.IntType(8).as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [place, INT32, INT32, INT32])
     ask = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    how = [ir.Constant(INT32, n) for n in (0, 3, 1)]
+    how = [ir.Constant(INT32, n) for n in (0, 0 if once else 3, 1)]
     for line in range(count):
         builder.call(ask, [builder.inttoptr(at(builder, address, (1, LINE * line)), place), *how])
+
+
+def further(builder: Any, place: Any, stop: Any, after: Any) -> Any:
+    """AHEAD bytes on from a place, where reading goes on at `after` when it has come to `stop`."""
+    ahead = at(builder, place, (1, AHEAD))
+    beyond = builder.add(after, builder.sub(ahead, stop))
+    return builder.select(builder.icmp_signed("<", ahead, stop), ahead, beyond)
 
 
 @intrinsic
@@ -89,169 +101,254 @@ def fetch(_typing, address, size):
     return types.void(types.int64, types.int64), generate
 
 
-@intrinsic(prefer_literal=True)
-def tile(_typing, tag, rows, tokens, w, w_stride, ahead, x, x_stride, k, out, out_stride):
-    """out[t, j] = w[j] . x[t] for constant numbers of `rows` and `tokens`; x is float32, padded to 16 with zeros.
-
-    Asks meanwhile for as much memory from `ahead` on as it reads of the weight, where that is an address.
-    """
-    height, many, kind = rows.literal_value, tokens.literal_value, types.unliteral(tag)
-
-    def generate(_context, builder, _signature, args):
-        _, _, _, w, w_stride, ahead, x, x_stride, k, out, out_stride = args
-        sums = [zeros(builder, VECTOR, many) for _ in range(height)]
-        zero, lanes = ir.Constant(WORD, 0), ir.Constant(WORD, LANES)
-        starts = [at(builder, w, (j, w_stride)) for j in range(height)]
-        inputs = [at(builder, x, (t, x_stride)) for t in range(many)]
-
-        def block(start: Any, read: Any) -> None:
-            values = [read(at(builder, row, (start, BITS[kind] // 8))) for row in starts]
-            for t in range(many):
-                value = load(builder, at(builder, inputs[t], (start, 4)), types.float32, LANES)
-                for j in range(height):
-                    multiply_add(builder, sums[j][t], values[j], value)
-
-        whole = builder.sdiv(k, lanes)
-        with upto(builder, zero, whole) as loop:
-            if height == ROWS:
-                used = ROWS * LANES * BITS[kind] // 8
-                prefetch(builder, at(builder, ahead, (loop.index, used)), used // LINE)
-            block(builder.mul(loop.index, lanes), lambda place: load(builder, place, kind, LANES))
-        start = builder.mul(whole, lanes)
-        rest = builder.sub(k, start)
-        with builder.if_then(builder.icmp_signed(">", rest, zero)):
-            block(start, lambda place: load_first(builder, place, kind, rest))
-        sums_of(builder, sums, out, out_stride)
-
-    return types.void(tag, rows, tokens, *[types.int64] * 8), generate
+def walk(builder: Any, k: Any, step: int, block: Callable[[Any, Any | None], None]) -> None:
+    """block(start, None) for every whole step of k, and block(start, count) for a rest of `count`."""
+    zero, whole = ir.Constant(WORD, 0), builder.sdiv(k, ir.Constant(WORD, step))
+    with upto(builder, zero, whole) as loop:
+        block(builder.mul(loop.index, ir.Constant(WORD, step)), None)
+    start = builder.mul(whole, ir.Constant(WORD, step))
+    rest = builder.sub(k, start)
+    with builder.if_then(builder.icmp_signed(">", rest, zero)):
+        block(start, rest)
 
 
-def load_everywhere(builder: Any, address: Any, tag: types.Type) -> Any:
-    """A stored value in all lanes; spread before it is widened, which is one instruction less than after it."""
-    kind = FLOAT if tag == types.float32 else ir.IntType(BITS[tag])
-    vector = ir.VectorType(kind, LANES)
-    value = builder.load(builder.inttoptr(address, kind.as_pointer()), align=BITS[tag] // 8)
-    first = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(INT32, 0))
-    spread = builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), splat(WORDS, 0))
-    return widen(builder, spread, tag)
+def tree(builder: Any, values: list[Any]) -> Any:
+    while len(values) > 1:
+        values = [builder.fadd(a, b, flags=FUSE) for a, b in zip(values[::2], values[1::2], strict=True)]
+    return values[0]
 
 
-def look_up(builder: Any, table: Any, codes: Any) -> Any:
-    """table[code % 16] for 16 codes."""
-    kind = ir.FunctionType(VECTOR, [VECTOR, WORDS])
-    call = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.permvar.sf.512")
-    return builder.call(call, [table, codes])
+def dense_products(builder: Any, tag: types.Type, rows: list[Any], inputs: list[Any], ahead: Any, k: Any) -> Products:
+    """For every row and token a vector whose lanes add up to their product."""
+    size, kind = BITS[tag] // 8, stored_type(tag)
+    sums = [[zeros(builder, VECTOR, CHAINS) for _ in inputs] for _ in rows]
+
+    def add(start: Any, chain: int, values: list[Any]) -> None:
+        for t, x in enumerate(inputs):
+            seen = load(builder, at(builder, x, (start, 4)), types.float32, LANES)
+            for row, value in zip(sums, values, strict=True):
+                multiply_add(builder, row[t][chain], value, seen)
+
+    def block(start: Any, count: Any | None) -> None:
+        prefetch(builder, at(builder, ahead, (start, size * len(rows))), STEP * size * len(rows) // LINE, once=True)
+        for n in range(0, STEP, LANES):
+            here, before = at(builder, start, (n, 1)), ir.Constant(WORD, n)
+            places = [at(builder, row, (here, size)) for row in rows]
+            if count is None:
+                add(here, n // LANES % CHAINS, [load(builder, place, tag, LANES) for place in places])
+                continue
+            with builder.if_then(builder.icmp_signed(">", count, before)):
+                some = [load_first(builder, place, kind, LANES, builder.sub(count, before)) for place in places]
+                add(here, n // LANES % CHAINS, [widen(builder, values, tag) for values in some])
+
+    walk(builder, k, STEP, block)
+    return [[tree(builder, [builder.load(chain) for chain in chains]) for chains in row] for row in sums]
 
 
-def unpacked(builder: Any, codes: Any, scale: Any) -> list[Any]:
-    """scale (code - 8) of the low halves and of the high halves of 16 bytes."""
-    codes = builder.zext(codes, WORDS)
-    high = builder.lshr(codes, splat(WORDS, 4))
+def decoded(builder: Any, words: Any) -> Any:
+    """code - 8 for the lowest 4 bits of 16 words."""
     if LOOKUP:
         steps = ir.Constant(VECTOR, [ir.Constant(FLOAT, n - 8.0) for n in range(16)])
-        table = builder.fmul(steps, scale)
-        return [look_up(builder, table, n) for n in (codes, high)]
+        kind = ir.FunctionType(VECTOR, [VECTOR, WORDS])
+        look = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.permvar.sf.512")
+        return builder.call(look, [steps, words])
     # Or-ing a code below 2^23 into the bits of 2^23 makes 2^23 + code without a conversion.
-    low = builder.and_(codes, splat(WORDS, 15))
-    halves = [builder.bitcast(builder.or_(n, splat(WORDS, 0x4B000000)), VECTOR) for n in (low, high)]
-    return [builder.fmul(builder.fsub(n, splat(VECTOR, 2.0**23 + 8)), scale) for n in halves]
+    codes = builder.or_(builder.and_(words, splat(WORDS, 15)), splat(WORDS, 0x4B000000))
+    return builder.fsub(builder.bitcast(codes, VECTOR), splat(VECTOR, 2.0**23 + 8))
+
+
+def int4_products(
+    builder: Any, tag: types.Type, rows: list[Any], scales: list[Any], inputs: list[Any], ahead: Any, groups: Any
+) -> Products:
+    """`dense_products` of int4 codes: four groups are a vector of words, whose nibbles are taken in turn."""
+    size, kind = BITS[tag] // 8, stored_type(tag)
+    sums = [zeros(builder, VECTOR, len(inputs)) for _ in rows]
+
+    def read(place: Any, kind: ir.Type, lanes: int, count: Any | None) -> Any:
+        if count is not None:
+            return load_first(builder, place, kind, lanes, builder.mul(count, ir.Constant(WORD, lanes // QUAD)))
+        return builder.load(builder.inttoptr(place, ir.VectorType(kind, lanes).as_pointer()), align=1)
+
+    def factor(scale: Any, start: Any, count: Any | None) -> Any:
+        values = read(at(builder, scale, (start, size)), kind, QUAD, count)
+        return widen(builder, builder.shuffle_vector(values, values, indices(*(n // QUAD for n in range(LANES)))), tag)
+
+    def block(start: Any, count: Any | None) -> None:
+        prefetch(builder, at(builder, ahead, (start, 16 * len(rows))), len(rows), once=True)
+        words = [read(at(builder, row, (start, 16)), INT32, LANES, count) for row in rows]
+        parts: list[list[list[Any]]] = [[[] for _ in inputs] for _ in rows]
+        for n in range(8):
+            seen = [at(builder, x, (start, 4 * GROUP), (n, 4 * LANES)) for x in inputs]
+            seen = [load(builder, place, types.float32, LANES) for place in seen]
+            for row, word in zip(parts, words, strict=True):
+                value = decoded(builder, builder.lshr(word, splat(WORDS, 4 * n)) if n else word)
+                for part, x in zip(row, seen, strict=True):
+                    product = builder.fmul(value, x, flags=FUSE)
+                    part.append(product if n < CHAINS else builder.fadd(part.pop(0), product, flags=FUSE))
+        for row, total, scale in zip(parts, sums, scales, strict=True):
+            scaling = factor(scale, start, count)
+            for part, place in zip(row, total, strict=True):
+                multiply_add(builder, place, tree(builder, part), scaling)
+
+    walk(builder, groups, QUAD, block)
+    return [[builder.load(total) for total in row] for row in sums]
+
+
+def put_sums(builder: Any, found: Products, out: Any, stride: Any, rows: Any) -> None:
+    """out[t, j] = the sum of the lanes of found[j][t], for the first `rows` j of ROWS."""
+    tokens = len(found[0])
+    vectors = [row[t] for t in range(tokens) for row in found]
+    sums = totals(builder, vectors + [splat(VECTOR, 0.0)] * (LANES - len(vectors)))
+    whole = builder.icmp_signed("==", rows, ir.Constant(WORD, ROWS))
+    for t in range(tokens):
+        place, lanes = at(builder, out, (t, stride)), range(ROWS * t, ROWS * (t + 1))
+        with builder.if_else(whole) as (all_of_them, some):
+            with all_of_them:
+                store(builder, builder.shuffle_vector(sums, sums, indices(*lanes)), place)
+            with some:
+                for j, lane in enumerate(lanes):
+                    with builder.if_then(builder.icmp_signed("<", ir.Constant(WORD, j), rows)):
+                        value = builder.extract_element(sums, ir.Constant(INT32, lane))
+                        store(builder, value, at(builder, place, (j, 4)))
+
+
+def put_products(
+    builder: Any, abreast: int, tokens: int, rows: Any, products: Callable[[list[Any]], Products], out: Any, stride: Any
+) -> None:
+    """out[t, j] from products([j]) one row after the other, or from those of all ROWS at once where `abreast`.
+
+    The rows are a loop that the compiler does not unroll: the hardware knows a stream by the instruction that reads it.
+    """
+    if abreast == ROWS:
+        return put_sums(builder, products([ir.Constant(WORD, j) for j in range(ROWS)]), out, stride, rows)
+    kept = [cgutils.alloca_once(builder, VECTOR, ROWS) for _ in range(tokens)]
+    for place in kept:
+        for j in range(ROWS):
+            builder.store(splat(VECTOR, 0.0), builder.gep(place, [ir.Constant(WORD, j)]))
+    with upto(builder, ir.Constant(WORD, 0), rows) as loop:
+        for place, vector in zip(kept, products([loop.index])[0], strict=True):
+            builder.store(vector, builder.gep(place, [loop.index]))
+    found = [[builder.load(builder.gep(place, [ir.Constant(WORD, j)])) for place in kept] for j in range(ROWS)]
+    put_sums(builder, found, out, stride, rows)
 
 
 @intrinsic(prefer_literal=True)
-def tile_int4(_typing, tag, rows, tokens, w, w_stride, ahead, s, s_stride, x, x_stride, groups, out, out_stride):
-    """`tile` of int4 codes in `groups` of 32 (16 bytes each, biased by 8), with a scale a group in the tag's format."""
-    height, many, kind = rows.literal_value, tokens.literal_value, types.unliteral(tag)
+def tile(_typing, tag, abreast, tokens, rows, w, w_stride, stop, after, x, x_stride, k, out, out_stride):
+    """out[t, j] = w[j] . x[t] for at most four `rows` and a constant number of `tokens`.
+
+    `abreast` is 1 to finish one row before the next, or 4 to read an input once for all of exactly four. x is float32,
+    padded to 16 with zeros. Asks meanwhile for the memory that follows: AHEAD bytes on, and from `after` on where that
+    lies beyond `stop`.
+    """
+    many, kind = tokens.literal_value, types.unliteral(tag)
 
     def generate(_context, builder, _signature, args):
-        _, _, _, w, w_stride, ahead, s, s_stride, x, x_stride, groups, out, out_stride = args
-        sums = [zeros(builder, VECTOR, many) for _ in range(height)]
-        starts = [at(builder, w, (j, w_stride)) for j in range(height)]
-        scales = [at(builder, s, (j, s_stride)) for j in range(height)]
+        _, _, _, rows, w, w_stride, stop, after, x, x_stride, k, out, out_stride = args
         inputs = [at(builder, x, (t, x_stride)) for t in range(many)]
-        with upto(builder, ir.Constant(WORD, 0), groups) as loop:
-            values = []
-            if height == ROWS:
-                prefetch(builder, at(builder, ahead, (loop.index, LINE)), 1)
-            for row, scale in zip(starts, scales, strict=True):
-                place = builder.inttoptr(at(builder, row, (loop.index, 16)), BYTES.as_pointer())
-                factor = load_everywhere(builder, at(builder, scale, (loop.index, BITS[kind] // 8)), kind)
-                values.append(unpacked(builder, builder.load(place, align=1), factor))
-            for t in range(many):
-                for half in range(2):
-                    start = at(builder, inputs[t], (loop.index, 4 * GROUP), (half, 4 * LANES))
-                    value = load(builder, start, types.float32, LANES)
-                    for j in range(height):
-                        multiply_add(builder, sums[j][t], values[j][half], value)
-        sums_of(builder, sums, out, out_stride)
 
-    return types.void(tag, rows, tokens, *[types.int64] * 10), generate
+        def products(numbers: list[Any]) -> Products:
+            taken = [at(builder, w, (j, w_stride)) for j in numbers]
+            return dense_products(builder, kind, taken, inputs, further(builder, taken[0], stop, after), k)
+
+        put_products(builder, abreast.literal_value, many, rows, products, out, out_stride)
+
+    return types.void(tag, abreast, tokens, *[types.int64] * 10), generate
+
+
+@intrinsic(prefer_literal=True)
+def tile_int4(
+    _typing, tag, abreast, tokens, rows, w, w_stride, s, s_stride, stop, after, x, x_stride, groups, out, out_stride
+):
+    """`tile` of int4 codes in `groups` of 32 (16 bytes each, biased by 8), with a scale a group in the tag's format.
+
+    x is what `arrange` makes.
+    """
+    many, kind = tokens.literal_value, types.unliteral(tag)
+
+    def generate(_context, builder, _signature, args):
+        _, _, _, rows, w, w_stride, s, s_stride, stop, after, x, x_stride, groups, out, out_stride = args
+        inputs = [at(builder, x, (t, x_stride)) for t in range(many)]
+
+        def products(numbers: list[Any]) -> Products:
+            taken, scales = ([at(builder, p, (j, by)) for j in numbers] for p, by in ((w, w_stride), (s, s_stride)))
+            return int4_products(builder, kind, taken, scales, inputs, further(builder, taken[0], stop, after), groups)
+
+        put_products(builder, abreast.literal_value, many, rows, products, out, out_stride)
+
+    return types.void(tag, abreast, tokens, *[types.int64] * 12), generate
+
+
+@intrinsic
+def arrange(_typing, x, to, count):
+    """to = x in the order in which nibbles come out of words: the inputs of nibble 0 of 16 words, of nibble 1, ...
+
+    Of `count` floats, a multiple of 128; within each 128, lane 4g + q of vector 2b + h is input 32g + 16h + 4q + b.
+    """
+
+    def generate(context, builder, _signature, args):
+        x, to, count = args
+        pick = lambda a, b, lanes: builder.shuffle_vector(a, b, indices(*lanes))  # noqa: E731
+        with upto(builder, ir.Constant(WORD, 0), builder.sdiv(count, ir.Constant(WORD, WIDE))) as loop:
+            for h in range(2):
+                place = at(builder, x, (loop.index, 4 * WIDE), (h, 4 * LANES))
+                read = [load(builder, at(builder, place, (g, 4 * GROUP)), types.float32, LANES) for g in range(QUAD)]
+                for b in range(QUAD):
+                    lanes = [LANES * g + QUAD * q + b for g in range(2) for q in range(QUAD)]
+                    low, high = pick(read[0], read[1], lanes), pick(read[2], read[3], lanes)
+                    here = at(builder, to, (loop.index, 4 * WIDE), (2 * b + h, 4 * LANES))
+                    store(builder, pick(low, high, range(LANES)), here)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
 
 
 @njit(**JIT)
-def tiles(w, w_stride, ahead, x, x_stride, tokens, k, out, out_stride, tag):
-    """Four rows by any number of tokens."""
+def tiles(rows, w, w_stride, stop, after, x, x_stride, tokens, k, out, out_stride, tag):
+    """At most four rows by any number of tokens; many tokens are bound by arithmetic, a few by reading the weight."""
     t = 0
-    while t + 4 <= tokens:
-        tile(tag, ROWS, 4, w, w_stride, ahead, x + t * x_stride, x_stride, k, out + t * out_stride, out_stride)
-        t += 4
-    if t + 2 <= tokens:
-        tile(tag, ROWS, 2, w, w_stride, ahead, x + t * x_stride, x_stride, k, out + t * out_stride, out_stride)
+    while t + 2 <= tokens:
+        seen, to = x + t * x_stride, out + t * out_stride
+        if rows == ROWS and tokens >= MANY:
+            tile(tag, ROWS, 2, rows, w, w_stride, stop, after, seen, x_stride, k, to, out_stride)
+        else:
+            tile(tag, 1, 2, rows, w, w_stride, stop, after, seen, x_stride, k, to, out_stride)
         t += 2
     if t < tokens:
-        tile(tag, ROWS, 1, w, w_stride, ahead, x + t * x_stride, x_stride, k, out + t * out_stride, out_stride)
+        tile(tag, 1, 1, rows, w, w_stride, stop, after, x + t * x_stride, x_stride, k, out + t * out_stride, out_stride)
 
 
 @njit(**JIT)
-def tiles_int4(w, w_stride, ahead, s, s_stride, x, x_stride, tokens, groups, out, out_stride, tag):
+def tiles_int4(rows, w, w_stride, s, s_stride, stop, after, x, x_stride, tokens, groups, out, out_stride, tag):
     t = 0
-    while t + 4 <= tokens:
-        at, to = x + t * x_stride, out + t * out_stride
-        tile_int4(tag, ROWS, 4, w, w_stride, ahead, s, s_stride, at, x_stride, groups, to, out_stride)
-        t += 4
-    if t + 2 <= tokens:
-        at, to = x + t * x_stride, out + t * out_stride
-        tile_int4(tag, ROWS, 2, w, w_stride, ahead, s, s_stride, at, x_stride, groups, to, out_stride)
+    while t + 2 <= tokens:
+        seen, to = x + t * x_stride, out + t * out_stride
+        if rows == ROWS and tokens >= MANY:
+            tile_int4(tag, ROWS, 2, rows, w, w_stride, s, s_stride, stop, after, seen, x_stride, groups, to, out_stride)
+        else:
+            tile_int4(tag, 1, 2, rows, w, w_stride, s, s_stride, stop, after, seen, x_stride, groups, to, out_stride)
         t += 2
     if t < tokens:
-        at, to = x + t * x_stride, out + t * out_stride
-        tile_int4(tag, ROWS, 1, w, w_stride, ahead, s, s_stride, at, x_stride, groups, to, out_stride)
-
-
-@njit(**JIT)
-def further(place, stop, after):
-    """AHEAD bytes on from a place, where what is read goes on at `after` from `stop` on."""
-    return place + AHEAD if place + AHEAD < stop else after + (place + AHEAD - stop)
+        seen, to = x + t * x_stride, out + t * out_stride
+        tile_int4(tag, 1, 1, rows, w, w_stride, s, s_stride, stop, after, seen, x_stride, groups, to, out_stride)
 
 
 @njit(**JIT)
 def dense(w, x, x_stride, tokens, k, first, last, out, out_stride, after, tag):
     size = k * array(w, 1, tag).itemsize
-    row = first
-    while row + ROWS <= last:
-        at = w + row * size
-        ahead = further(at, w + last * size, after)
-        tiles(at, size, ahead, x, x_stride, tokens, k, out + 4 * (row - first), out_stride, tag)
-        row += ROWS
-    for r in range(row, last):
-        for t in range(tokens):
-            to = out + t * out_stride + 4 * (r - first)
-            tile(tag, 1, 1, w + r * size, size, 0, x + t * x_stride, x_stride, k, to, out_stride)
+    stop = w + last * size
+    for row in range(first, last, ROWS):
+        rows, to = min(ROWS, last - row), out + 4 * (row - first)
+        tiles(rows, w + row * size, size, stop, after, x, x_stride, tokens, k, to, out_stride, tag)
 
 
 @njit(**JIT)
 def grouped(w, s, x, x_stride, tokens, k, first, last, out, out_stride, after, tag):
     groups = k // 32
     size, wide = k // 2, groups * array(s, 1, tag).itemsize
-    row = first
-    while row + ROWS <= last:
-        at, to = w + row * size, out + 4 * (row - first)
-        ahead = further(at, w + last * size, after)
-        tiles_int4(at, size, ahead, s + row * wide, wide, x, x_stride, tokens, groups, to, out_stride, tag)
-        row += ROWS
-    for r in range(row, last):
-        for t in range(tokens):
-            to, at = out + t * out_stride + 4 * (r - first), x + t * x_stride
-            tile_int4(tag, 1, 1, w + r * size, size, 0, s + r * wide, wide, at, x_stride, groups, to, out_stride)
+    stop = w + last * size
+    for row in range(first, last, ROWS):
+        rows, at, to = min(ROWS, last - row), w + row * size, out + 4 * (row - first)
+        tiles_int4(rows, at, size, s + row * wide, wide, stop, after, x, x_stride, tokens, groups, to, out_stride, tag)
 
 
 @njit(**JIT)
@@ -267,8 +364,8 @@ def scale_rows(s, tokens, first, last, out, out_stride):
 def products(form, w, s, x, x_stride, tokens, k, first, last, out, out_stride, after):
     """out[t, r - first] = (row r of the weight) . x[t] for the rows from first to last; strides are in bytes.
 
-    `form` is one of the formats above; x is float32, its rows padded to a multiple of 16 with zeros. `after` is where
-    the caller will read next, which is fetched meanwhile.
+    `form` is one of the formats above; x is float32, its rows padded to a multiple of 16 with zeros, for int4 arranged.
+    `after` is where the caller will read next, which is fetched meanwhile.
     """
     if form == FLOAT32:
         dense(w, x, x_stride, tokens, k, first, last, out, out_stride, after, np.float32(0))

@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit
 
 from taut.ops._numba.products import activate
-from taut.ops._numba.rows import place_of, products, share_of
+from taut.ops._numba.rows import INT4_HALF, WIDE, arrange, place_of, products, share_of
 from taut.ops._numba.scalar import JIT, array, span, tanh
 from taut.runtime._numba.table import CENTRED, PLAIN
 
@@ -54,9 +54,17 @@ def scaled(x, to, first, last, mean, alpha, gain, bias):
 
 
 @njit(**JIT)
+def padded_to(k):
+    return (k + WIDE - 1) // WIDE * WIDE
+
+
+@njit(**JIT)
 def gather(p, rows, scratch, padded):
-    """Copy the normed input into scratch, padded with zeros; the divisions are put off and lie behind it."""
-    k, factors = p.k, floats(scratch + 4 * padded * rows, rows)
+    """Copy the normed input into scratch, padded with zeros; the divisions are put off and lie behind it.
+
+    Behind the input lies the same arranged, where a weight is in int4.
+    """
+    k, factors = p.k, floats(scratch + 8 * padded * rows, rows)
     for t in range(rows):
         x, to = floats(p.x + t * p.x_stride, k), floats(scratch + 4 * padded * t, padded)
         mean, alpha = statistics(x, k, p.norm, p.eps)
@@ -65,7 +73,15 @@ def gather(p, rows, scratch, padded):
         factors[t] = nb.float32(1) if p.norm_bias else alpha
         for i in range(k, padded):
             to[i] = 0
+    if p.form >= INT4_HALF or p.form2 >= INT4_HALF:
+        arrange(scratch, scratch + 4 * padded * rows, padded * rows)
     return factors
+
+
+@njit(**JIT)
+def seen_by(form, scratch, rows, padded):
+    """The gathered input as a format reads it."""
+    return scratch + 4 * padded * rows if form >= INT4_HALF else scratch
 
 
 @njit(**JIT)
@@ -122,14 +138,15 @@ def beginning(p, part, parts):
 
 @njit(**JIT)
 def linear(p, rows, scratch, part, parts, after):
-    padded = (p.k + 15) // 16 * 16
+    padded = padded_to(p.k)
     factors = gather(p, rows, scratch, padded)
-    out = scratch + 4 * (padded + 1) * rows
+    out = scratch + 4 * (2 * padded + 1) * rows
+    x = seen_by(p.form, scratch, rows, padded)
     begin, end = share_of(p.n, part, parts)
     for first in range(begin, end, BLOCK):
         last = min(first + BLOCK, end)
         on = place_of(p.form, p.w, p.k, last) if last < end else after
-        products(p.form, p.w, p.s, scratch, 4 * padded, rows, p.k, first, last, out, 4 * BLOCK, on)
+        products(p.form, p.w, p.s, x, 4 * padded, rows, p.k, first, last, out, 4 * BLOCK, on)
         for t in range(rows):
             row = floats(out + 4 * BLOCK * t, last - first)
             shifted(row, factors[t], p.bias, first)
@@ -138,17 +155,18 @@ def linear(p, rows, scratch, part, parts, after):
 
 @njit(**JIT)
 def glu(p, rows, scratch, part, parts, after):
-    padded = (p.k + 15) // 16 * 16
+    padded = padded_to(p.k)
     factors = gather(p, rows, scratch, padded)
-    gate = scratch + 4 * (padded + 1) * rows
+    gate = scratch + 4 * (2 * padded + 1) * rows
     up = gate + 4 * BLOCK * rows
+    x, x2 = seen_by(p.form, scratch, rows, padded), seen_by(p.form2, scratch, rows, padded)
     begin, end = share_of(p.n, part, parts)
     for first in range(begin, end, BLOCK):
         last = min(first + BLOCK, end)
         other = place_of(p.form2, p.w2, p.k, first)
         on = place_of(p.form, p.w, p.k, last) if last < end else after
-        products(p.form, p.w, p.s, scratch, 4 * padded, rows, p.k, first, last, gate, 4 * BLOCK, other)
-        products(p.form2, p.w2, p.s2, scratch, 4 * padded, rows, p.k, first, last, up, 4 * BLOCK, on)
+        products(p.form, p.w, p.s, x, 4 * padded, rows, p.k, first, last, gate, 4 * BLOCK, other)
+        products(p.form2, p.w2, p.s2, x2, 4 * padded, rows, p.k, first, last, up, 4 * BLOCK, on)
         for t in range(rows):
             a, b = floats(gate + 4 * BLOCK * t, last - first), floats(up + 4 * BLOCK * t, last - first)
             shifted(a, factors[t], p.bias, first)
