@@ -67,6 +67,17 @@ def decode() -> str:
     return "\n".join([head, "", "| | ms a token | GB/s | slack |", "|---|---|---|---|", *rows])
 
 
+def prefill() -> str:
+    """What was measured of prompts, against their peers in the same run."""
+    found = json.loads((ROOT / "benchmarks" / "results" / "prefill_cpu.json").read_text())
+    rows = [f"| {r['name']} | {r['ms']:.0f} | {r['tokens_per_s']:.0f} |" for r in found["rows"]]
+    head = (
+        f"A prompt of {found['tokens']} tokens on the same model, all in one run, turn by turn\n"
+        "(`python benchmarks/prefill_cpu.py`)."
+    )
+    return "\n".join([head, "", "| | ms | tokens/s |", "|---|---|---|", *rows])
+
+
 def demo() -> str:
     """What `make demo` prints in a terminal of 80 columns; without the make target's own environment, `taut demo`."""
     here = Path(sys.executable).parent
@@ -106,6 +117,10 @@ def test_the_figures_of_streaming_are_those_measured():
 
 def test_the_figures_of_decoding_are_those_measured():
     assert between("decode", RUNTIME) == decode(), "run `make readme`"
+
+
+def test_the_figures_of_prompts_are_those_measured():
+    assert between("prefill", RUNTIME) == prefill(), "run `make readme`"
 
 
 def test_the_python_example_runs(monkeypatch, capsys):
@@ -183,4 +198,5 @@ if __name__ == "__main__":
     renew(README, "techniques", markdown(catalogue()))
     renew(CHECKPOINTS, "streaming", streaming())
     renew(RUNTIME, "decode", decode())
+    renew(RUNTIME, "prefill", prefill())
     renew(README, "demo", f"```text\n{demo()}\n```")
