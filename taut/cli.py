@@ -311,6 +311,7 @@ def generate(
         float | None, typer.Option(min=0.0, max=1.0, help="Draw from those at least p the likeliest.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same tokens.")] = 0,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, or cuda.")] = "cpu",
     weights: Annotated[WeightsName | None, typer.Option(help="How weights are kept; by default as stored.")] = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="Positions of prompt and text together.")] = None,
     revision: Revision = None,
@@ -332,7 +333,7 @@ def generate(
             model,
             prompt,
             chat,
-            {"weights": weights.value if weights else None, "max_length": max_length}
+            {"device": device, "weights": weights.value if weights else None, "max_length": max_length}
             | {"revision": revision, "trust_remote_code": trust_remote_code},
             {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
             | {"top_k": top_k, "top_p": top_p, "min_p": min_p},

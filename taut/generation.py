@@ -106,6 +106,7 @@ def pieces(tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
 def writer(
     model: str | Path,
     *,
+    device: str = "cpu",
     weights: str | None = None,
     max_length: int | None = None,
     revision: str | None = None,
@@ -117,7 +118,8 @@ def writer(
 
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     tokenizer = tokenizer_of(model, **options)
-    return Writer(compile(model, max_length=max_length, weights=weights, progress=progress, **options), tokenizer)
+    engine = compile(model, device, max_length=max_length, weights=weights, progress=progress, **options)
+    return Writer(engine, tokenizer)
 
 
 def generate(
@@ -125,11 +127,11 @@ def generate(
 ) -> Iterator[str]:
     """The text behind a prompt, in pieces as they come.
 
-    `options` are those of `writer` (weights, max_length, revision, trust_remote_code, progress) and of
+    `options` are those of `writer` (device, weights, max_length, revision, trust_remote_code, progress) and of
     `Engine.generate` (temperature, top_k, top_p, min_p, seed, stop). `chat` puts the prompt into the model's chat
     template. Raises BadInput with the cause and the cure.
     """
-    own = ("weights", "max_length", "revision", "trust_remote_code", "progress")
+    own = ("device", "weights", "max_length", "revision", "trust_remote_code", "progress")
     made = writer(model, **{name: options.pop(name) for name in own if name in options})
     yield from made.stream(encode(model, made.tokenizer, prompt, chat), max_new_tokens, **options)
 

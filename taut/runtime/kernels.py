@@ -16,7 +16,7 @@ from taut.runtime.steps import Attend, Combine, Embed, Glu, Linear, Normalize, P
 
 MOST_JOINED, MOST_FEATURES, MOST_KEYS = 8, 1024, 4096
 """So many stretches, of so many features and positions, a product joins itself; each of its programs reads them all."""
-JOINED = Reach(128, MOST_JOINED, 128)
+JOINED = Reach(128, MOST_JOINED, 128, 4)
 ONE_ROW = {
     (960, 576, False): Config(2, 0, 1024, warps=1),
     (576, 576, False): Config(8, 0, 1024, warps=4),
@@ -24,8 +24,8 @@ ONE_ROW = {
     (576, 1536, False): Config(1, 0, 2048, warps=4),
     (49152, 576, False): Config(8, 0, 1024, warps=4),
     (3072, 2048, False): Config(4, 0, 2048, warps=4),
-    (2048, 2048, False): Config(4, 0, 2048, warps=4),
-    (8192, 2048, True): Config(16, 0, 512, warps=4, ahead=512),
+    (2048, 2048, False): Config(2, 0, 2048, warps=2),
+    (8192, 2048, True): Config(2, 0, 2048, warps=4),
     (2048, 8192, False): Config(4, 0, 2048, warps=4, ahead=512),
     (128256, 2048, False): Config(4, 0, 2048, warps=4),
     (6144, 4096, False): Config(16, 0, 512, warps=8, ahead=128),
@@ -70,7 +70,8 @@ class Kernels:
         """Each row's token by its logits, the likeliest or, with a seed, drawn; and its position one on."""
         counters = self.counters[len(self.counters) - self.given.shape[1] :]
         tables = self.logits[:rows], self.best, self.best_at, counters
-        launch.draw(*tables, *self.given, seed, heat, self.pdl)
+        tokens, positions, slots = self.given
+        launch.draw(*tables, tokens, positions, slots, seed, heat, self.pdl)
 
     def _step(self, step: Step, rows: int) -> None:
         def view(place: View | None) -> Tensor | None:

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -122,17 +123,17 @@ LENGTH, STEPS = 96, 64
 
 
 @functools.cache
-def built(name: str):
+def built(name: str) -> Any:
     import transformers
 
-    model = tiny_model(getattr(transformers, name))
+    model: Any = tiny_model(getattr(transformers, name))
     if hasattr(model.config, "_experts_implementation"):
         model.set_experts_implementation("eager")  # the grouped products know no float64
     return model
 
 
 @functools.cache
-def judged(name: str, dtype: torch.dtype) -> tuple[torch.nn.Module, Tensor, Tensor, Tensor]:
+def judged(name: str, dtype: torch.dtype) -> tuple[Any, Tensor, Tensor, Tensor]:
     """The model on the GPU in a dtype, token ids, its logits in true float64, and its own."""
     model = copy.deepcopy(built(name)).to(dtype)
     vocabulary = model.config.get_text_config().vocab_size
@@ -199,7 +200,8 @@ def test_greedy_tokens_are_those_of_transformers(demo):
 @pytest.mark.gpu
 def test_draws_are_those_of_the_cpu(demo):
     on_gpu, on_cpu = (taut.compile(demo, device=device, max_length=100) for device in ("cuda", "cpu"))
-    for how in ({"temperature": 0.8}, {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "min_p": 0.01}):
+    ways: list[dict[str, Any]] = [{"temperature": 0.8}, {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "min_p": 0.01}]
+    for how in ways:
         for seed in (3, 4):
             texts = [list(e.generate([5, 6, 7], 40, seed=seed, stop=(), **how)) for e in (on_gpu, on_cpu)]
             assert texts[0] == texts[1]
@@ -223,7 +225,7 @@ def test_replays_equal_uncaptured_steps_bit_for_bit_under_load(demo):
             expected = other.run(tokens, positions, slots).clone()
             for _ in range(100):
                 with torch.cuda.stream(load):
-                    work @ work
+                    torch.mm(work, work)
                 assert torch.equal(one.run(tokens, positions, slots), expected)
 
 

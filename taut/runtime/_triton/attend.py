@@ -3,11 +3,8 @@
 Each program has the query heads of one key head, and a stretch of the keys; stretches are of equal length, at least
 `least` keys, so that a short text needs one and no joining. Keys that stood in the cache before this token are loaded
 before the kernel before this one has ended. Whoever finishes last joins the stretches in the order of the keys, so
-that the bits are the same in every run, and leaves the counter as it was.
-The position is read on the device: a CUDA graph may be replayed.
-
-While it waits, a program rehearses on what the last token left: it does its work on one tile and writes nothing. The
-few multiprocessors that attend would else fetch every instruction from memory once the wait is over.
+that the bits are the same in every run, and leaves the counter as it was. The position is read on the device: a CUDA
+graph may be replayed.
 """
 
 from __future__ import annotations
@@ -109,7 +106,6 @@ def attend(
     q_eps,
     k_eps,
     least,
-    rehearse,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     D: tl.constexpr,
@@ -135,6 +131,8 @@ def attend(
     score and sum of weights of a stretch; `counters` int32 [rows, key heads], zeros. LATER: nothing is joined here;
     `scratch` of the one row is [SPLITS, heads, DV], divided, and `logs` [SPLITS, heads] the logarithms to base 2 of the
     sums, of -inf where there are no keys."""
+    if PDL:
+        gdc_launch_dependents()
     row, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     position, slot = tl.load(positions + row).to(tl.int32), tl.load(slots + row)
     lowest = 0
@@ -151,10 +149,8 @@ def attend(
     cached = end
     if k is not None:  # the token's own key and value do not come from the cache
         cached = tl.minimum(end, position)
-    if PDL:
-        gdc_launch_dependents()
-        if k is None:  # what is read was appended by an attention before this one
-            gdc_wait()
+    if PDL and k is None:  # what is read was appended by an attention before this one
+        gdc_wait()
     at = begin + tl.arange(0, KEYS)
     first_keys = tile(k_base, at, cached, feature, D)
     first_values = tile(v_base, at, cached, value, DV)
@@ -167,86 +163,89 @@ def attend(
     out = y + row.to(tl.int64) * y_stride + (head * GROUP) * DV
     pair = row * tl.num_programs(1) + head
     joining = scratch + pair.to(tl.int64) * SPLITS * GROUP * (DV + 2)
-    for turn in range(rehearse, 2):
-        if PDL and turn == 1:
-            gdc_wait()
-        if part < parts:
-            query = turned(
-                q + row.to(tl.int64) * q_stride + heads * D, feature, fits, q_gain, q_shift, q_eps, cos, sin, D, HALF,
-                INTERLEAVED, Q_NORM, Q_CENTRED
+    if PDL and k is not None:
+        gdc_wait()
+    if part < parts:
+        query = turned(
+            q + row.to(tl.int64) * q_stride + heads * D, feature, fits, q_gain, q_shift, q_eps, cos, sin, D, HALF,
+            INTERLEAVED, Q_NORM, Q_CENTRED
+        ).to(first_keys.dtype)  # fmt: skip
+        if k is not None and part == parts - 1:
+            base = row.to(tl.int64) * k_stride + head * D + tl.arange(0, 1)
+            whole = (tl.arange(0, 1) == 0)[:, None] & (feature < D)[None, :]
+            key = turned(
+                k + base, feature, whole, k_gain, k_shift, k_eps, cos, sin, D, HALF, INTERLEAVED, K_NORM, K_CENTRED
             ).to(first_keys.dtype)  # fmt: skip
-            if k is not None and part == parts - 1:
-                base = row.to(tl.int64) * k_stride + head * D + tl.arange(0, 1)
-                whole = (tl.arange(0, 1) == 0)[:, None] & (feature < D)[None, :]
-                key = turned(
-                    k + base, feature, whole, k_gain, k_shift, k_eps, cos, sin, D, HALF, INTERLEAVED, K_NORM, K_CENTRED
-                ).to(first_keys.dtype)  # fmt: skip
-                new = tl.load(
-                    v + row.to(tl.int64) * v_stride + head * DV + value, mask=value < DV, other=0, cache_modifier=".cg"
-                )[None, :].to(first_values.dtype)  # fmt: skip
-                place = position.to(tl.int64)
-                tl.store(k_base + place * D + feature[None, :], key, mask=(feature < D)[None, :] & (turn == 1))
-                tl.store(v_base + place * DV + value[None, :], new, mask=(value < DV)[None, :] & (turn == 1))
-            else:
-                key = tl.zeros([1, WIDTH], first_keys.dtype)
-                new = tl.zeros([1, VWIDTH], first_values.dtype)
-            greatest = tl.full([ROWS], float("-inf"), tl.float32)
-            weight = tl.zeros([ROWS], tl.float32)
-            sums = tl.zeros([ROWS, VWIDTH], tl.float32)
-            if alibi is not None:
-                slope = tl.load(alibi + heads, mask=member < GROUP, other=0)
-            block, held = first_keys, first_values
-            for start in range(begin, tl.where(turn == 1, end, begin + 1), KEYS):
-                at = start + tl.arange(0, KEYS)
-                if k is not None:
-                    own = (at == position)[:, None]
-                    block = tl.where(own, key, block)
-                    held = tl.where(own, new, held)
-                scores = tl.dot(query, block.T, input_precision="ieee") * scale
-                now = held
+            new = tl.load(
+                v + row.to(tl.int64) * v_stride + head * DV + value, mask=value < DV, other=0, cache_modifier=".cg"
+            )[None, :].to(first_values.dtype)  # fmt: skip
+            place = position.to(tl.int64)
+            tl.store(k_base + place * D + feature[None, :], key, mask=(feature < D)[None, :])
+            tl.store(v_base + place * DV + value[None, :], new, mask=(value < DV)[None, :])
+        else:
+            key = tl.zeros([1, WIDTH], first_keys.dtype)
+            new = tl.zeros([1, VWIDTH], first_values.dtype)
+        greatest = tl.full([ROWS], float("-inf"), tl.float32)
+        weight = tl.zeros([ROWS], tl.float32)
+        sums = tl.zeros([ROWS, VWIDTH], tl.float32)
+        if alibi is not None:
+            slope = tl.load(alibi + heads, mask=member < GROUP, other=0)
+        block, held = first_keys, first_values
+        for start in range(begin, end, KEYS):
+            at = start + tl.arange(0, KEYS)
+            if k is not None:
+                own = (at == position)[:, None]
+                block = tl.where(own, key, block)
+                held = tl.where(own, new, held)
+            scores = tl.dot(query, block.T, input_precision="ieee") * scale
+            now = held
+            if not LATER:  # long texts: the next tile is on its way while this one is weighed
                 block = tile(k_base, at + KEYS, cached, feature, D)
                 held = tile(v_base, at + KEYS, cached, value, DV)
-                if CAP:
-                    scores = cap * tanh(scores / cap)
-                if alibi is not None:
-                    scores -= slope[:, None] * (position - at).to(tl.float32)[None, :]
-                scores = tl.where((at < end)[None, :], scores * LOG2E, float("-inf"))
-                higher = tl.maximum(greatest, tl.max(scores, 1))
-                shrink = tl.exp2(greatest - higher)
-                p = tl.exp2(scores - higher[:, None])
-                weight = weight * shrink + tl.sum(p, 1)
-                sums = tl.dot(p.to(now.dtype), now, sums * shrink[:, None], input_precision="ieee")
-                greatest = higher
+            if CAP:
+                scores = cap * tanh(scores / cap)
+            if alibi is not None:
+                scores -= slope[:, None] * (position - at).to(tl.float32)[None, :]
+            scores = tl.where((at < end)[None, :], scores * LOG2E, float("-inf"))
+            higher = tl.maximum(greatest, tl.max(scores, 1))
+            shrink = tl.exp2(greatest - higher)
+            p = tl.exp2(scores - higher[:, None])
+            weight = weight * shrink + tl.sum(p, 1)
+            sums = tl.dot(p.to(now.dtype), now, sums * shrink[:, None], input_precision="ieee")
+            greatest = higher
             if LATER:
-                to = part * tl.num_programs(1) * GROUP + heads
-                found = sums / weight[:, None]
-                tl.store(scratch + to[:, None] * DV + value[None, :], found, mask=written & (turn == 1))
-                tl.store(logs + to, greatest + tl.log2(weight), mask=(member < GROUP) & (turn == 1))
-            elif parts == 1:
-                if sinks is not None:
-                    sink = tl.load(sinks + heads, mask=member < GROUP, other=0) * LOG2E
-                    higher = tl.maximum(greatest, sink)
-                    shrink = tl.exp2(greatest - higher)
-                    sums *= shrink[:, None]
-                    weight = weight * shrink + tl.exp2(sink - higher)
-                divided = (sums / weight[:, None]).to(y.dtype.element_ty)
-                tl.store(out + member[:, None] * DV + value[None, :], divided, mask=written & (turn == 1))
-            else:
-                own = joining + (part * GROUP + member) * (DV + 2)
-                tl.store(own[:, None] + value[None, :], sums, mask=written & (turn == 1))
-                tl.store(own + DV, greatest, mask=(member < GROUP) & (turn == 1))
-                tl.store(own + DV + 1, weight, mask=(member < GROUP) & (turn == 1))
-                tl.debug_barrier()  # all of this program's stores come before its arrival
-                arrived = tl.atomic_add(counters + pair, turn, sem="acq_rel")
-                if (turn == 0) | (arrived == parts - 1):
-                    tl.store(counters + pair, 0, mask=turn == 1)
-                    joined(
-                        joining, sinks, head * GROUP, out, tl.where(turn == 1, parts, 0), turn, GROUP, MEMBERS, DV,
-                        VWIDTH, PARTS
-                    )  # fmt: skip
-        elif LATER:
+                block = tile(k_base, at + KEYS, cached, feature, D)
+                held = tile(v_base, at + KEYS, cached, value, DV)
+        if LATER:
             to = part * tl.num_programs(1) * GROUP + heads
-            tl.store(logs + to, tl.full([ROWS], float("-inf"), tl.float32), mask=(member < GROUP) & (turn == 1))
+            found = sums / weight[:, None]
+            tl.store(scratch + to[:, None] * DV + value[None, :], found, mask=written)
+            tl.store(logs + to, greatest + tl.log2(weight), mask=(member < GROUP))
+        elif parts == 1:
+            if sinks is not None:
+                sink = tl.load(sinks + heads, mask=member < GROUP, other=0) * LOG2E
+                higher = tl.maximum(greatest, sink)
+                shrink = tl.exp2(greatest - higher)
+                sums *= shrink[:, None]
+                weight = weight * shrink + tl.exp2(sink - higher)
+            divided = (sums / weight[:, None]).to(y.dtype.element_ty)
+            tl.store(out + member[:, None] * DV + value[None, :], divided, mask=written)
+        else:
+            own = joining + (part * GROUP + member) * (DV + 2)
+            tl.store(own[:, None] + value[None, :], sums, mask=written)
+            tl.store(own + DV, greatest, mask=(member < GROUP))
+            tl.store(own + DV + 1, weight, mask=(member < GROUP))
+            tl.debug_barrier()  # all of this program's stores come before its arrival
+            arrived = tl.atomic_add(counters + pair, 1, sem="acq_rel")
+            if arrived == parts - 1:
+                tl.store(counters + pair, 0)
+                joined(
+                    joining, sinks, head * GROUP, out, parts, GROUP, MEMBERS, DV,
+                    VWIDTH, PARTS
+                )  # fmt: skip
+    elif LATER:
+        to = part * tl.num_programs(1) * GROUP + heads
+        tl.store(logs + to, tl.full([ROWS], float("-inf"), tl.float32), mask=(member < GROUP))
 
 
 @triton.jit
@@ -258,11 +257,10 @@ def tile(base, at, end, feature, D: tl.constexpr):
 
 @triton.jit
 def joined(
-    scratch, sinks, head, out, parts, turn, GROUP: tl.constexpr, MEMBERS: tl.constexpr, DV: tl.constexpr,
+    scratch, sinks, head, out, parts, GROUP: tl.constexpr, MEMBERS: tl.constexpr, DV: tl.constexpr,
     VWIDTH: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Join the stretches of GROUP query heads from `head` on, PARTS at a time in the order of the keys; in a rehearsal
-    none, and nothing is written."""
+    """Join the stretches of GROUP query heads from `head` on, PARTS at a time in the order of the keys."""
     member, value = tl.arange(0, MEMBERS), tl.arange(0, VWIDTH)
     greatest = tl.full([MEMBERS], float("-inf"), tl.float32)
     weight = tl.zeros([MEMBERS], tl.float32)
@@ -270,7 +268,7 @@ def joined(
         greatest = tl.load(sinks + head + member, mask=member < GROUP, other=0).to(tl.float32) * LOG2E
         weight += 1.0
     sums = tl.zeros([MEMBERS, VWIDTH], tl.float32)
-    for start in range(0, tl.maximum(parts, 1), PARTS):
+    for start in range(0, parts, PARTS):
         part = start + tl.arange(0, PARTS)
         live = (part < parts)[:, None] & (member < GROUP)[None, :]
         place = scratch + (part[:, None] * GROUP + member[None, :]) * (DV + 2)
@@ -285,4 +283,4 @@ def joined(
         greatest = higher
     written = (member < GROUP)[:, None] & (value < DV)[None, :]
     found = (sums / tl.where(weight == 0, 1.0, weight)[:, None]).to(out.dtype.element_ty)
-    tl.store(out + member[:, None] * DV + value[None, :], found, mask=written & (turn == 1))
+    tl.store(out + member[:, None] * DV + value[None, :], found, mask=written)

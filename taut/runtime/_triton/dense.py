@@ -142,13 +142,14 @@ def one(
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     live = rows < n
     places = tl.where(live, rows, 0).to(tl.int64)
-    cols, rest = tl.arange(0, BK), BK + tl.arange(0, TAIL)
+    cols = tl.arange(0, BK)
     w = block(weight, places, live, cols, k, stride)
-    if WHOLE:
-        w1 = block(weight, places, live, rest, k, stride)
     if up is not None:
         u = block(up, places, live, cols, k, up_stride)
-        if WHOLE:
+    if TAIL > 0:
+        rest = BK + tl.arange(0, TAIL)
+        w1 = block(weight, places, live, rest, k, stride)
+        if up is not None:
             u1 = block(up, places, live, rest, k, up_stride)
     if PDL:
         if not WHOLE and (ahead > 0) & (tl.program_id(0) < FIRST_WAVE):
@@ -157,20 +158,33 @@ def one(
                 prefetch(up, places * up_stride, BK, tl.minimum(k - BK, ahead) * 2)
         gdc_launch_dependents()
         gdc_wait()
-    mean, inv = 0.0, 1.0
+    mean, inv = tl.full([], 0.0, tl.float32), tl.full([], 1.0, tl.float32)
     if WHOLE:
-        h, h1 = row_of(x, parts, cols, k, DV, PARTS), row_of(x, parts, rest, k, DV, PARTS)
+        h = row_of(x, parts, cols, k, DV, PARTS)
+        if TAIL > 0:
+            h1 = row_of(x, parts, rest, k, DV, PARTS)
         if CENTRED:
-            mean = (tl.sum(h, 0) + tl.sum(h1, 0)) / k
+            mean = tl.sum(h, 0)
+            if TAIL > 0:
+                mean += tl.sum(h1, 0)
+            mean /= k
         if NORM != PLAIN:
-            left, left1 = tl.where(cols < k, h - mean, 0.0), tl.where(rest < k, h1 - mean, 0.0)
-            inv = tl.rsqrt((tl.sum(left * left, 0) + tl.sum(left1 * left1, 0)) / k + eps)
+            left = tl.where(cols < k, h - mean, 0.0)
+            squared = tl.sum(left * left, 0)
+            if TAIL > 0:
+                left1 = tl.where(rest < k, h1 - mean, 0.0)
+                squared += tl.sum(left1 * left1, 0)
+            inv = tl.rsqrt(squared / k + eps)
         h = applied(h, gain, shift, mean, inv, cols, k, NORM)
-        h1 = applied(h1, gain, shift, mean, inv, rest, k, NORM)
-        total = tl.sum(w.to(tl.float32) * h[None, :], 1) + tl.sum(w1.to(tl.float32) * h1[None, :], 1)
+        total = tl.sum(w.to(tl.float32) * h[None, :], 1)
         others = total
         if up is not None:
-            others = tl.sum(u.to(tl.float32) * h[None, :], 1) + tl.sum(u1.to(tl.float32) * h1[None, :], 1)
+            others = tl.sum(u.to(tl.float32) * h[None, :], 1)
+        if TAIL > 0:
+            h1 = applied(h1, gain, shift, mean, inv, rest, k, NORM)
+            total += tl.sum(w1.to(tl.float32) * h1[None, :], 1)
+            if up is not None:
+                others += tl.sum(u1.to(tl.float32) * h1[None, :], 1)
     else:
         if NORM == FULL:
             mean, inv = statistics(x, k, eps, CENTRED, BK)

@@ -59,8 +59,8 @@ def one(
     n, k = weight.shape
     kind, gain, shift, centred = _norm(norm)
     size = min(config.inputs, max(16, 1 << (k.bit_length() - 1)))
-    tail = triton.next_power_of_2(max(k - size, 16))
-    whole = k <= config.inputs and (k == size or tail <= size)
+    whole = k <= config.inputs
+    tail = triton.next_power_of_2(max(k - size, 16)) if whole and k > size else 0
     row = (x, None, 1, 0) if stretches is None else (*stretches[:2], stretches.dv, stretches.count)
     dense.one[(triton.cdiv(n, config.outputs),)](
         *(*row[:2], weight, up, gain, shift, after.bias, after.up_bias, after.residual, y, n, k, weight.stride(0)),
@@ -123,17 +123,8 @@ def attend(
         *(*q_norm, *k_norm, step.first, step.alibi, step.sinks, *scratch, y),
         *(stride(q), stride(k), stride(v), stride(y), *keys.stride()[:2], *values.stride()[:2], step.scale),
         *(step.softcap or 1.0, step.q_norm.eps if step.q_norm else 0.0, step.k_norm.eps if step.k_norm else 0.0),
-        *(
-            reach.least,
-            0 if pdl and k is not None else 1,
-            group,
-            up(max(group, 16)),
-            step.d,
-            up(max(step.d, 16)),
-            step.dv,
-            up(max(step.dv, 16)),
-            half,
-        ),
+        *(reach.least, group, up(max(group, 16)), step.d, up(max(step.d, 16)), step.dv, up(max(step.dv, 16))),
+        half,
         *(interleaved, q_kind != PLAIN, q_centred, k_kind != PLAIN, k_centred, step.softcap is not None),
         *(reach.keys, reach.splits, min(8, up(reach.splits)), up(group), later, pdl),
         **options(Config(0, 0, 0, warps=reach.warps), pdl),
