@@ -16,7 +16,7 @@ from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +29,18 @@ from taut.lossy import DRAWS
 from taut.machine import Figure, Machine
 from taut.op import Work
 from taut.parity import Parity, Runner, bounded, forced, greedy, in_float64, same_function
+from taut.plans import Plan
 from taut.whole_file import write_text
+
+if TYPE_CHECKING:
+    from taut.layers import Layer
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 STORED = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5 + 2 / 32}
 """Bytes of a weight as it lies in memory; int4 has a scale of two bytes a group of 32."""
+POSITIONS = 16
+"""What is done to a decoding step does not depend on how many there are."""
+
 Progress = Callable[[str, int, int], None]
 
 
@@ -71,7 +78,8 @@ class Timed:
 class Bench:
     """One run. `rows` is empty where parity failed; `failed` says which runners could not run, and why.
 
-    `apart` has the reason for each step that the engine leaves to torch.
+    `apart` has the reason for each step that the engine leaves to torch; `plans` say what was applied and refused, to
+    the checkpoint (where it is in taut form) and to the decoding step; `layers` have the time of each layer.
     """
 
     model: str
@@ -83,6 +91,8 @@ class Bench:
     rows: list[Timed] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     apart: list[str] = field(default_factory=list)
+    plans: list[Plan] = field(default_factory=list)
+    layers: list[Layer] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
     costs: list[Cost] = field(default_factory=list)
 
@@ -94,7 +104,8 @@ class Bench:
         shown = {"model": self.model, "weights": self.weights, "prompt": self.prompt, "tokens": self.tokens}
         rows = [row.as_dict() for row in self.rows]
         shown |= {"parity": self.parity.as_dict(), "rows": rows, "failed": self.failed}
-        shown["apart"] = self.apart
+        shown |= {"apart": self.apart, "plans": [plan.as_dict() for plan in self.plans]}
+        shown["layers"] = [layer.as_dict() for layer in self.layers]
         return shown | {"machine": asdict(self.machine), "environment": self.environment}
 
     def save(self, path: Path) -> None:
@@ -201,6 +212,7 @@ def bench(
     apart = ours.engine.explain()
     name = name if against is None else str(model)
     result = Bench(name, stored, prompt, tokens, parity, here, apart=apart, environment=environment())
+    result.plans = _plans(model, loaded)
     if not parity.passed:
         return result
     runners: dict[str, Runner] = {"transformers": eager, "taut": ours}
@@ -208,6 +220,7 @@ def bench(
         _add_compiled(runners, result, loaded, ids, prompt, tokens)
     seconds = _interleaved(runners, ids, prompt, tokens, rounds, result, tell)
     _fill(result, loaded, seconds)
+    result.layers = _layers(ours, eager, ids, prompt)
     return result
 
 
@@ -236,6 +249,31 @@ def _record(model: Any) -> dict[str, Any]:
     if isinstance(model, nn.Module):
         return {}
     return (open_checkpoint(model).prior.record or {}).get("plan") or {}
+
+
+def _plans(model: Any, original: nn.Module) -> list[Plan]:
+    """The plan that the checkpoint was rewritten by, and what was done to the decoding step when it was compiled."""
+    from taut.lift import lift
+    from taut.runtime.compiling import module_step
+    from taut.runtime.prepare import fuse, tidied
+
+    record = _record(model)
+    written = [Plan.from_dict(record)] if record else []
+    try:
+        return [*written, fuse(lift(tidied(module_step(original, POSITIONS))))[1]]
+    except BadInput:
+        return written
+
+
+def _layers(ours: Ours, eager: Eager, ids: list[int], prompt: int) -> list[Layer]:
+    """Where the time of a decoding step goes; nothing where the engine is none of taut's own on a CPU."""
+    from taut.layers import layers
+    from taut.runtime.engine import Engine as Own
+
+    if not isinstance(ours.engine, Own):
+        return []
+    eager.prefill(ids[:prompt])
+    return layers(ours.engine, eager.model, lambda: eager.step(ids[prompt]), prompt)
 
 
 def _engine(model: Any, **options: Any) -> Engine:

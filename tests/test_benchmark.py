@@ -10,11 +10,14 @@ import architectures
 import pytest
 import torch
 
+import taut
 from taut import benchmark, machine
 from taut.benchmark import Bench, Eager, bench
 from taut.checkpoint import BadInput
+from taut.layers import layers
 from taut.machine import Figure, Machine
 from taut.parity import bounded, forced, greedy, in_float64, same_function
+from taut.report import bench_page
 
 MODEL = Path(__file__).parent.parent / "taut/demo/model"
 SMALL = {"prompt": 8, "tokens": 6, "rounds": 2}
@@ -140,8 +143,6 @@ def test_lossy_weights_are_compared_with_noise_and_with_their_promise():
 
 
 def test_a_model_in_taut_form_needs_the_original(tmp_path):
-    import taut
-
     taut.apply(MODEL, only=["int8_weights"], form="taut", out=tmp_path / "new")
     with pytest.raises(BadInput, match="does not hold the model") as caught:
         bench(tmp_path / "new", **SMALL)
@@ -151,7 +152,29 @@ def test_a_model_in_taut_form_needs_the_original(tmp_path):
     assert found.parity.promise == "BOUNDED by int8_weights"
     assert 0.3 < found.parity.worst < 2
     assert (found.weights, found.model) == ("int8", str(tmp_path / "new"))
+    assert [plan.form for plan in found.plans] == ["taut", "step"]
+    assert "fuse_glu" in [step.rewrite for step in found.plans[1].steps]
+    text = bench_page(found)
+    for said in ("Slack by layer", "int8_weights", "fuse_glu", "model.layers.5", "To the decoding step"):
+        assert said in text
     assert {row.runner for row in found.rows} == {"transformers", "taut"}
+
+
+def test_every_layer_is_timed_before_and_after():
+    model = architectures.build("llama")
+    engine = taut.compile(model, max_length=16)
+    eager = Eager(model)
+    eager.prefill([1, 2, 3])
+    found = {layer.name: layer for layer in layers(engine, model, lambda: eager.step(4), 3)}
+    assert {"model.embed_tokens", "model.layers.0", "model.layers.1", "lm_head"} <= set(found)
+    one = found["model.layers.1"]
+    held = sum(p.nbytes for p in model.model.layers[1].parameters())
+    assert one.bytes_before == held
+    cache = 2 * 2 * 8 * 4 * 4  # keys and values of four positions, two heads of eight
+    assert one.bytes_after == held - 2 * 48 * 4 + cache  # the norms' gains are not counted
+    assert one.before is not None
+    assert one.before > one.after > 0
+    assert sum(layer.bytes_after for layer in found.values()) == engine.runner.bytes_a_token([3])
 
 
 def test_bad_input():

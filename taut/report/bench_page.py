@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from taut.report import page as html
-from taut.report.inspect_page import environment
+from taut.report.inspect_page import environment, rewrites
 from taut.report.roofline import Point, roofline
 from taut.words import duration, general, size
 
@@ -20,8 +20,9 @@ def bench_page(found: Bench) -> str:
     lead = f"{found.weights} weights, batch 1, {found.prompt} tokens and {found.tokens} more, on {found.machine.name}"
     body = [html.figures(_headline(found)), _parity(found)] if found.rows else [_parity(found)]
     if found.rows:
-        body += [_drawing(found), *(_measured(found, workload) for workload in ("decode", "prefill")), _costs(found)]
-    body.append(_fused(found))
+        body += [_drawing(found), *(_measured(found, workload) for workload in ("decode", "prefill"))]
+        body += [_layers(found), _costs(found)]
+    body += [*(rewrites(plan) for plan in found.plans), _fused(found)]
     if found.failed:
         body.append(html.section("Could not run", html.facts(found.failed.items())))
     name = found.model.rstrip("/").rpartition("/")[2]
@@ -94,6 +95,25 @@ def _line(row: Timed, faster: float) -> tuple[str, ...]:
     slack = f"{row.slack:.2f}" + (" (cache)" if row.cached else "")
     rates = size(row.bytes / row.seconds, "B/s"), size(row.flops / row.seconds, "FLOP/s")
     return row.runner, duration(row.seconds), duration(row.best), *rates, slack, f"{faster:.2f}x"
+
+
+def _layers(found: Bench) -> str:
+    """Measured time and slack of each layer of a decoding step; empty where they were not timed."""
+    if not found.layers:
+        return ""
+    bandwidth = found.machine.bandwidths["memory"].value
+    lines = []
+    for layer in found.layers:
+        slack = ["" if one is None else f"{one:.2f}" for one in layer.slack(bandwidth)]
+        before = "" if layer.before is None else duration(layer.before)
+        lines.append((layer.name or "the model itself", before, slack[0], duration(layer.after), slack[1]))
+    headings = ("layer", "before", "slack before", "after", "slack after")
+    note = (
+        "Before: transformers, timed by hooks. After: taut's program, timed a step at a time, which starts its threads "
+        "for each step; in one piece it is faster. Slack is over the time to read the layer's weights and cache."
+    )
+    listed = html.table("A decoding step, layer by layer, medians", headings, lines)
+    return html.section("Slack by layer", html.paragraph(note), listed)
 
 
 def _costs(found: Bench) -> str:

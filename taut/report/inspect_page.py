@@ -15,6 +15,7 @@ from taut.cost import Cost, Item
 from taut.machine import Machine, cpu_name
 from taut.report import page as html
 from taut.report.roofline import Point, roofline
+from taut.rewrite import STEP
 from taut.words import duration, general, size, together
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ def rewrites(plan: Plan) -> str:
     absent = ", ".join(plan.absent)
     if absent:
         parts.append(html.fold("No place in this model", f"{len(plan.absent)} rewrites", html.paragraph(absent)))
-    intro = f"In {plan.form} form, every rewrite on what the ones before it left."
+    where = "To the decoding step when it is compiled" if plan.form == STEP.name else f"In {plan.form} form"
+    intro = f"{where}, every rewrite on what the ones before it left."
     return html.section("Applied and refused", html.paragraph(intro), *parts)
 
 

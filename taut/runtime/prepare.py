@@ -11,7 +11,8 @@ from torch import fx
 from taut.graph import Graph, shape
 from taut.lift import lift
 from taut.lift._match import is_call, is_cast, through_casts
-from taut.rewrite import STEP, TAUT, rewrites
+from taut.plans import Plan, Refusal, Step
+from taut.rewrite import STEP, TAUT, Form, Rewrite, rewrites
 from taut.rewrites.fuse_norm_linear import fuse_norm_linear
 from taut.rewrites.merge_linears import merge_linears
 
@@ -39,12 +40,34 @@ def prepared(graph: Graph, restore: Callable[[Graph], Graph] | None = None) -> G
 
 def fused(graph: Graph) -> Graph:
     """A lifted step with every fusing rewrite applied."""
+    return fuse(graph)[0]
+
+
+def fuse(graph: Graph) -> tuple[Graph, Plan]:
+    """The same, and what was applied where, and what was refused and why."""
+    steps: list[Step] = []
+    refused: list[Refusal] = []
+    absent: dict[str, str] = {}
     for rewrite in rewrites().values():
         if rewrite is fuse_norm_linear:  # what reads one norm and was not fused with what is behind it
-            graph = merge_linears.apply(graph, form=TAUT)
+            graph = _applied(graph, merge_linears, TAUT, steps, refused, absent)
         if STEP in rewrite.forms and not rewrite.asked:
-            graph = rewrite.apply(graph, form=STEP)
-    return graph
+            graph = _applied(graph, rewrite, STEP, steps, refused, absent)
+    return graph, Plan(STEP.name, "logits", tuple(steps), tuple(refused), absent)
+
+
+def _applied(
+    graph: Graph, rewrite: Rewrite, form: Form, steps: list[Step], refused: list[Refusal], absent: dict[str, str]
+) -> Graph:
+    sites = rewrite.find(graph, form)
+    chosen = tuple(site.where for site in sites if site.refused is None)
+    refused += [Refusal(rewrite.name, site.where, site.refused) for site in sites if site.refused is not None]
+    if not sites:
+        absent[rewrite.name] = rewrite.absent
+    if not chosen:
+        return graph
+    steps.append(Step(rewrite.name, chosen))
+    return rewrite.apply(graph, chosen, form)
 
 
 def tidied(graph: Graph) -> Graph:

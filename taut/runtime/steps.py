@@ -157,7 +157,8 @@ Step = Embed | Normalize | Linear | Glu | Attend | Combine | Torch
 class Program:
     """Steps in order; `widths` of every buffer; `logits` is the buffer that holds the answer.
 
-    `caches` has (kv_heads, d, dv) of every cache layer, `max_length` positions each.
+    `caches` has (kv_heads, d, dv) of every cache layer, `max_length` positions each; `names` says of every buffer in
+    which module its value is computed.
     """
 
     steps: tuple[Step, ...]
