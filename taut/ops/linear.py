@@ -15,7 +15,7 @@ from torch.nn.functional import linear as product
 from taut.op import Reason, Work, nbytes, op
 from taut.ops import _gpu
 from taut.ops._cpu import refusal
-from taut.ops._dispatch import TILE, choose, flat
+from taut.ops._dispatch import FEW_TOKENS, HAS_ONEDNN, TILE, choose, flat, many
 from taut.ops._matvec import matvec, refuses_product, refuses_torch
 from taut.ops._weights import dequantize, quantize
 from taut.ops._wide import wide
@@ -58,12 +58,6 @@ def _(make):
         yield (make(96), weight), {"scale": scale}
 
 
-HAS_ONEDNN = torch.backends.mkldnn.is_available()
-
-FEW_TOKENS = 4
-"""Up to which the matrix-vector kernel is taken on a machine that has not been measured."""
-
-
 def _slower(way: str, x: Tensor, weight: Tensor) -> Reason:
     """Why another product than `way` serves a call of one dtype."""
     rows = x.numel() // max(x.shape[-1], 1)
@@ -85,16 +79,6 @@ def _onednn_fits(x, weight, bias=None, scale=None) -> Reason:
     if x.numel() <= FEW_TOKENS * x.shape[-1]:
         return "a few tokens"
     return "nothing to multiply" if weight.numel() == 0 else refusal(x, bias) or refusal(weight, strided=True)
-
-
-def many(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x weight^T + bias in float32, for many rows of x; by oneDNN where torch has it.
-
-    For itself torch takes MKL, which uses AVX-512 on Intel's processors alone and is half as fast on AMD's.
-    """
-    if not HAS_ONEDNN:
-        return product(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 @linear.impl("onednn", when=_onednn_fits, opaque=True)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from taut.checkpoint.errors import BadInput
 from taut.ops.sample import sample
-from taut.runtime.kernels import Kernels
 from taut.runtime.placed import ON_CPU, check_formats, check_room, dtype_of, matrices, placed
 from taut.runtime.plain import Caches, PlainRunner
 from taut.runtime.runner import CACHE_DTYPES, vocabulary, weight_bytes
@@ -40,6 +39,8 @@ class CudaRunner:
         device: torch.device | str = "cuda",
         capture: bool = True,
     ) -> None:
+        from taut.runtime._triton.kernels import Kernels
+
         if max_batch < 1:
             raise BadInput(f"a batch of {max_batch}", "take at least 1")
         check_formats(program)

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from taut.ops.linear import FEW_TOKENS, linear
+from taut.ops._dispatch import FEW_TOKENS
+from taut.ops.linear import linear
 
 
 def multiplied(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

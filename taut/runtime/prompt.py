@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from taut.ops._cpu import address, tag, threads
+from taut.ops._dispatch import FEW_TOKENS, many
 from taut.ops._numba.products import ACTS
 from taut.ops._weights import GROUP, dequantize
 from taut.ops.layer_norm import layer_norm
-from taut.ops.linear import FEW_TOKENS, linear, many
+from taut.ops.linear import linear
 from taut.ops.rms_norm import rms_norm
 from taut.runtime._numba import prompt as kernels
 from taut.runtime.plain import Caches, PlainRunner

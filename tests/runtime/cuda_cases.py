@@ -108,7 +108,7 @@ def attention() -> None:
 
 def stretches() -> None:
     """Several stretches of keys, which the last program joins."""
-    import taut.runtime.kernels as kernels
+    import taut.runtime._triton.kernels as kernels
     from taut.runtime._triton.launch import Reach
 
     torch.manual_seed(5)
