@@ -193,7 +193,13 @@ def _transformers_tokenizer(folder: Path) -> Any:
 
 
 def with_transformers(
-    model: str | Path, ids: list[int], tokenizer: Tokenizer, max_new_tokens: int, spent: Spent, **options: Any
+    model: str | Path,
+    ids: list[int],
+    tokenizer: Tokenizer,
+    max_new_tokens: int,
+    spent: Spent,
+    device: str = "cpu",
+    **options: Any,
 ) -> Iterator[str]:
     """The same from transformers' own generate, for models whose step taut cannot compile.
 
@@ -208,7 +214,8 @@ def with_transformers(
     drawn = {name: value for name, value in options.items() if value is not None}
     sampling = {"do_sample": True, **drawn} if drawn.get("temperature") else {"do_sample": False}
     own: Any = AutoModelForCausalLM.from_pretrained(_folder(model), dtype="auto").eval()
-    given = {"inputs": torch.tensor([ids]), "max_new_tokens": max_new_tokens, **sampling}
+    own.to(device)
+    given = {"inputs": torch.tensor([ids], device=device), "max_new_tokens": max_new_tokens, **sampling}
     tokens = _streamed(lambda streamer: own.generate(**given, streamer=streamer))
     spent.prompt_tokens = len(ids)
     yield from pieces(_timed(itertools.islice(tokens, len(ids), None), max_new_tokens, spent), tokenizer)

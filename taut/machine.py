@@ -67,6 +67,11 @@ class Machine:
         return self.peaks[name].value
 
 
+def here() -> list[str]:
+    """The devices of this machine that `measure` knows: "cpu", and "cuda" where torch finds a GPU."""
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
 def names() -> list[str]:
     """The machines that taut ships data sheets of."""
     folder = resources.files("taut") / "machines"
@@ -83,10 +88,10 @@ def load(name: str) -> Machine:
     return Machine(sheet["name"], sheet["kind"], figures(sheet["peaks"]), *levels)
 
 
-def measured() -> Machine | None:
-    """What `measure` found on this CPU earlier, with as many threads and the same torch; None if it has not run."""
+def measured(device: str = "cpu") -> Machine | None:
+    """What `measure` found on this CPU earlier, with as many threads, or on a GPU, and the same torch; else None."""
     try:
-        return _from_json(cache_file().read_text())
+        return _from_json(cache_file(device).read_text())
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -94,14 +99,17 @@ def measured() -> Machine | None:
 def choose(name: str | None) -> Machine | None:
     """The machine that a user names; for None, this one if it has been measured.
 
-    `this`, or the CPU's own name, is this one. Raises BadInput for an unknown name.
+    `this`, or the CPU's own name, is this one, and `cuda` is its GPU. Raises BadInput for an unknown name, and for
+    what has not been measured.
     """
     from taut.checkpoint import BadInput
+    from taut.runtime.placed import gpu
 
     if name is None:
         return measured()
-    if name in ("this", cpu_name()):
-        found = measured()
+    on_gpu = name.split(":")[0] == "cuda"
+    if on_gpu or name in ("this", cpu_name()):
+        found = measured(str(gpu(name)) if on_gpu else "cpu")
         if found is None:
             raise BadInput("this machine has not been measured", "run `taut machines --measure` once")
         return found
@@ -111,29 +119,43 @@ def choose(name: str | None) -> Machine | None:
         raise BadInput(str(error), "name one of these, or `this` for the machine at hand") from error
 
 
-def measure(progress: Progress | None = None) -> Machine:
-    """Measure this CPU with torch's current number of threads, and remember the result for `measured`.
+def measure(progress: Progress | None = None, device: str = "cpu") -> Machine:
+    """Measure this CPU with torch's current number of threads, or a GPU, and remember the result for `measured`.
 
-    Takes about half a minute, and memory of four times the last-level cache (at most a quarter of what is free).
+    A CPU takes about half a minute, and memory of four times the last-level cache (at most a quarter of what is free).
     `progress` is told what is being measured. Measure on a quiet machine.
     """
     tell = progress or (lambda _: None)
+    machine = _cpu(tell) if device == "cpu" else _gpu(device, tell)
+    cache_file(device).parent.mkdir(parents=True, exist_ok=True)
+    write_text(cache_file(device), json.dumps(asdict(machine), indent=1))
+    return machine
+
+
+def _cpu(tell: Progress) -> Machine:
     size = read_size()
     bandwidth = read_bandwidth(size, tell)
     peaks = dict(_peaks(tell))
     tell("cost of a call")
     capacities = {"memory": Figure(_memory_bytes()[0], MEASURED), "cache": Figure(last_level_cache(), MEASURED)}
-    machine = Machine(cpu_name(), "cpu", peaks, {"memory": bandwidth}, capacities, _call_cost())
-    cache_file().parent.mkdir(parents=True, exist_ok=True)
-    write_text(cache_file(), json.dumps(asdict(machine), indent=1))
-    return machine
+    return Machine(cpu_name(), "cpu", peaks, {"memory": bandwidth}, capacities, _call_cost())
 
 
-def read_bandwidth(size: int, progress: Progress = lambda _: None, seconds: float = 1.0) -> Figure:
-    """The fastest read of `size` bytes seen: by torch.sum, by numba and, where there is a compiler, by C.
+def _gpu(device: str, tell: Progress) -> Machine:
+    from taut.measure_gpu import machine_of
+
+    return machine_of(torch.device(device), tell)
+
+
+def read_bandwidth(size: int, progress: Progress = lambda _: None, seconds: float = 1.0, device: str = "cpu") -> Figure:
+    """The fastest read of `size` bytes seen: by torch.sum, by a kernel of ours and, on a CPU with a compiler, by C.
 
     `seconds` is how long each is tried.
     """
+    if device != "cpu":
+        from taut import measure_gpu
+
+        return measure_gpu.read_bandwidth(torch.device(device), size, progress, seconds)
     values = torch.ones(size // 4)
     readers: dict[str, Callable[[], object]] = {"torch.sum": values.sum, "numba": _numba_reader(values)}
     stream = _c_reader(values)
@@ -148,8 +170,12 @@ def read_bandwidth(size: int, progress: Progress = lambda _: None, seconds: floa
     return Figure(best[winner], MEASURED, f"read of {values.nbytes / 2**20:.0f} MiB, GB/s: {rates}")
 
 
-def read_size() -> int:
+def read_size(device: str = "cpu") -> int:
     """Bytes to read so that the caches do not help: four times the last level, but no more than memory allows."""
+    if device != "cpu":
+        from taut import measure_gpu
+
+        return measure_gpu.read_size(torch.device(device))
     return int(min(max(4 * last_level_cache(), 256 * 2**20), _memory_bytes()[1] / 4))
 
 
@@ -251,9 +277,12 @@ def _memory_bytes() -> tuple[int, int]:
     return page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
 
 
-def cache_file() -> Path:
-    """Where the measured figures of this CPU, this number of threads and this torch lie."""
-    what = f"{cpu_name()} {os.cpu_count()} {torch.get_num_threads()} {torch.__version__}"
+def cache_file(device: str = "cpu") -> Path:
+    """Where the measured figures of this CPU and this number of threads, or of a GPU, and of this torch lie."""
+    if device == "cpu":
+        what = f"{cpu_name()} {os.cpu_count()} {torch.get_num_threads()} {torch.__version__}"
+    else:
+        what = f"{torch.cuda.get_device_name(device)} {torch.__version__}"
     return user_cache("machines") / f"{sha256(what.encode()).hexdigest()[:16]}.json"
 
 

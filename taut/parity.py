@@ -86,13 +86,14 @@ def forced(runner: Runner, prompt: Sequence[int], tokens: Sequence[int]) -> Tens
 
 
 def _kept(logits: Tensor) -> Tensor:
-    """A copy: a runner may write the next step's logits over the last one's."""
-    return logits.to(torch.float64, copy=True)
+    """A copy on the CPU: a runner may write the next step's logits over the last one's."""
+    return logits.to("cpu", torch.float64, copy=True)
 
 
 @torch.no_grad()
 def in_float64(model: nn.Module, prompt: Sequence[int], tokens: Sequence[int]) -> Tensor:
-    """The same logits in true float64: parameters and casts widened, one forward pass without a cache."""
+    """The same logits in true float64, on the CPU: parameters and casts widened, one forward pass without a cache, on
+    the device that the model is on."""
     wide: Any = copy.deepcopy(model).double()
     for module in wide.modules():
         config = getattr(module, "config", None)
@@ -106,7 +107,7 @@ def in_float64(model: nn.Module, prompt: Sequence[int], tokens: Sequence[int]) -
             logits = wide(input_ids=ids, use_cache=False).logits
     finally:
         torch.set_default_dtype(default)
-    return logits[0, len(prompt) - 1 :]
+    return logits[0, len(prompt) - 1 :].cpu()
 
 
 def same_function(

@@ -21,7 +21,8 @@ LEAST_SHARE = 0.005
 """Kinds of calls below this share of the whole are told as one."""
 
 
-def machines(known: Mapping[str, Machine], here: Machine | None) -> None:
+def machines(known: Mapping[str, Machine], here: Mapping[str, Machine | None]) -> None:
+    """Those that taut ships, and what was measured on the devices of this machine."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("name", "machine"):
         table.add_column(heading, overflow="fold")
@@ -29,21 +30,26 @@ def machines(known: Mapping[str, Machine], here: Machine | None) -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     for name, machine in known.items():
         table.add_row(name, machine.name, *_figures(machine))
-    if here is not None:
-        table.add_row("this", f"{here.name} (measured)", *_figures(here))
+    measured = {"this" if device == "cpu" else device: found for device, found in here.items() if found is not None}
+    for name, machine in measured.items():
+        table.add_row(name, f"{machine.name} (measured)", *_figures(machine))
     console.print(table)
-    if here is None:
+    if len(measured) < len(here):
         console.print("\nThis machine has not been measured: taut machines --measure (about half a minute)")
-        return
-    console.print(f"\n[bold]this[/bold]: {escape(here.name)}, measured")
-    rows = [("bandwidth", here.bandwidths["memory"], "B/s"), ("a call", here.call, "s")]
-    rows += [(name, figure, "FLOP/s") for name, figure in here.peaks.items()]
+    for name, machine in measured.items():
+        console.print(f"\n[bold]{name}[/bold]: {escape(machine.name)}, measured")
+        console.print(_sources(machine))
+
+
+def _sources(machine: Machine) -> Table:
+    rows = [("bandwidth", machine.bandwidths["memory"], "B/s"), ("a call", machine.call, "s")]
+    rows += [(name, figure, "FLOP/s") for name, figure in machine.peaks.items()]
     grid = Table.grid(padding=(0, 2))
     for name, figure, unit in rows:
         if figure is not None:
             value = duration(figure.value) if unit == "s" else size(figure.value, unit)
             grid.add_row("", name, value, f"[dim]{escape(figure.source)}[/dim]")
-    console.print(grid)
+    return grid
 
 
 def _figures(machine: Machine) -> tuple[str, ...]:

@@ -38,8 +38,8 @@ class Text:
 
     def _with_transformers(self) -> Iterator[str]:
         tokenizer = generation.tokenizer_of(self.model)
-        ids = generation.encode(self.model, tokenizer, self.prompt, self.chat)
-        return generation.with_transformers(self.model, ids, tokenizer, spent=self.spent, **self.drawing)
+        ids, device = generation.encode(self.model, tokenizer, self.prompt, self.chat), self.opening["device"]
+        return generation.with_transformers(self.model, ids, tokenizer, spent=self.spent, device=device, **self.drawing)
 
     def write(self, as_json: bool) -> None:
         if self.fallback:
@@ -63,6 +63,6 @@ class Text:
     def _measure(self) -> None:
         from taut import machine
 
-        here = machine.measured()
+        here = machine.measured(self.opening["device"])
         if here is not None and self.spent.bytes and self.spent.seconds:
             self.spent.slack = self.spent.seconds * here.bandwidths["memory"].value / self.spent.bytes

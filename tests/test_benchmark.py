@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import taut
-from taut import benchmark, machine
-from taut.benchmark import Bench, Eager, bench
+from taut import machine
+from taut.benchmark import Bench, Eager, bench, run
+from taut.benchmark.run import _load
 from taut.checkpoint import BadInput
 from taut.layers import layers
 from taut.machine import Figure, Machine
@@ -49,8 +50,8 @@ class Standin:
 @pytest.fixture(autouse=True)
 def _here(monkeypatch):
     here = Machine("m", "cpu", dict.fromkeys(("float32", "bfloat16"), Figure(1e12)), {"memory": Figure(1e10)})
-    monkeypatch.setattr(machine, "measured", lambda: here)
-    monkeypatch.setattr(machine, "read_size", lambda: 2**22)
+    monkeypatch.setattr(machine, "measured", lambda *_: here)
+    monkeypatch.setattr(machine, "read_size", lambda *_: 2**22)
 
 
 def test_numbers_of_equal_models(tmp_path):
@@ -86,7 +87,7 @@ def test_a_checkpoint_in_its_own_dtype():
 
     def engine(model, **given):
         options.update(given, model=model)
-        loaded, _, _ = benchmark._load(model, None, None, False, 14)
+        loaded, _, _ = _load(model, None, None, False, 14)
         return Standin(loaded)
 
     found = bench(MODEL, compile=engine, **SMALL)
@@ -183,6 +184,70 @@ def test_bad_input():
         bench(model, weights="fp7")
     with pytest.raises(BadInput, match="do not fit the model's window"):
         bench(architectures.build("gpt2"), prompt=60, tokens=10)
+
+
+def test_a_machine_without_a_gpu_is_told_so_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BadInput, match="no GPU") as caught:
+        bench("no-such-model", device="cuda")
+    assert "cpu" in caught.value.cure
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """A GPU that is the CPU: what is asked of it, in order."""
+    asked: list = []
+    monkeypatch.setattr(run, "gpu", lambda name: asked.append(("gpu", name)))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: asked.append(("done", device)))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "pretended")
+    monkeypatch.setattr(machine, "read_bandwidth", lambda size, **given: Figure(1e9, "measured", given["device"]))
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: asked.append(("to", device)) or self)
+    return asked
+
+
+def test_both_run_on_the_device_and_every_call_is_waited_for(pretended):
+    given = {}
+
+    def engine(model, **options):
+        given.update(options)
+        return Standin(model)
+
+    model = architectures.build("llama")
+    pretended.clear()
+    found = bench(model, device="cuda", compile=engine, **SMALL)
+    assert found.passed
+    assert pretended[:2] == [("gpu", "cuda"), ("to", "cuda")]
+    assert given["device"] == "cuda"
+    calls = (SMALL["rounds"] + 1) * 2 * (SMALL["tokens"] + 2)  # both wait before a prompt, behind it, and for each step
+    assert pretended[2:] == [("done", "cuda")] * calls
+    assert found.environment["gpu"] == "pretended"
+    assert found.machine.bandwidths["memory"].value == 1e9
+    assert not found.layers
+
+
+def test_a_gpu_too_small_for_both_is_told_so(pretended):
+    def engine(model, **options):
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB\nmore")
+
+    with pytest.raises(BadInput, match=r"too small to compare two engines: tried to allocate 2 GiB$") as caught:
+        bench(architectures.build("llama"), device="cuda", compile=engine, **SMALL)
+    assert "cpu" in caught.value.cure
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("everything", [False, True])
+def test_on_a_gpu_it_is_the_same_model_and_the_gpu_is_measured(everything, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = bench(MODEL, device="cuda", all=everything, prompt=16, tokens=8, rounds=2)
+    assert found.passed, found.parity
+    assert {row.runner for row in found.rows} >= {"transformers", "taut"}
+    assert not found.failed, found.failed
+    assert found.machine.kind == "gpu"
+    assert found.machine == dataclasses.replace(
+        machine.measured("cuda"), bandwidths=found.machine.bandwidths
+    )  # it is kept for the next run
+    assert all(row.seconds > 0 and row.slack > 0.5 for row in found.rows)
 
 
 @pytest.mark.slow

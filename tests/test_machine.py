@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from taut import machine
+from taut import machine, measure_gpu
 from taut.checkpoint import BadInput
 from taut.machine import DATA_SHEET, MEASURED, Figure, Machine
 from taut.op import Work
@@ -68,6 +71,77 @@ def test_product_rates_are_measured_in_every_dtype():
     peaks = dict(machine._peaks(lambda _: None, side=64, seconds=0.0))
     assert set(peaks) == {"float64", "float32", "bfloat16", "float16", "int8"}
     assert all(dataclasses.asdict(f)["origin"] == MEASURED and f.value > 1e6 for f in peaks.values())
+
+
+class Clock:
+    """An event of a GPU that is the CPU."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, other: Clock) -> float:
+        return 1e3 * (other.at - self.at)
+
+
+@pytest.fixture
+def pretended(monkeypatch, tmp_path):
+    """A GPU that is the CPU."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    what = SimpleNamespace(name="pretended", total_memory=2**30, L2_cache_size=2**20, multi_processor_count=2)
+    monkeypatch.setattr(torch.cuda, "Event", Clock)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: what)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: what.name)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**22, 2**30))
+    monkeypatch.setattr(measure_gpu, "_kernel", lambda values, found: values.sum)
+
+
+def test_a_gpu_is_measured_by_its_own_clock_and_remembered(monkeypatch, pretended):
+    rates = lambda device, tell: [("bfloat16", Figure(1.0, MEASURED))]  # noqa: E731
+    monkeypatch.setattr(measure_gpu, "_peaks", rates)
+    monkeypatch.setattr(machine, "_gpu", lambda device, tell: measure_gpu.machine_of(torch.device("cpu"), tell))
+    told: list[str] = []
+    assert machine.measured("cuda") is None
+    m = machine.measure(told.append, "cuda")
+    assert machine.measured("cuda") == m
+    assert machine.measured() is None
+    assert (m.name, m.kind, m.capacities["memory"].value) == ("pretended", "gpu", 2**30)
+    assert "read bandwidth by Triton" in told
+    assert "read of 2 MiB" in m.bandwidths["memory"].source
+    assert m.call is not None
+    assert 1e-8 < m.call.value < 1e-3
+    assert 1e8 < m.bandwidths["memory"].value < 1e13
+
+
+def test_product_rates_of_a_gpu(pretended):
+    peaks = dict(measure_gpu._peaks(torch.device("cpu"), lambda _: None, side=64, seconds=0.0))
+    assert set(peaks) == {"float64", "float32", "bfloat16", "float16", "int8"}
+    assert all(f.value > 1e6 for f in peaks.values())
+
+
+@pytest.mark.gpu
+def test_a_real_gpu_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    m = machine.measure(device="cuda")
+    assert machine.choose("cuda") == m
+    sheet = machine.load("h200-sxm")
+    if "H200" in m.name:
+        assert 0.7 < m.bandwidths["memory"].value / sheet.bandwidths["memory"].value < 1
+        assert 0.4 < m.peaks["bfloat16"].value / sheet.peaks["bfloat16"].value < 1.05
+    assert 1e-7 < m.call.value < 1e-4  # type: ignore[union-attr]
+
+
+def test_a_machine_without_a_gpu_is_told_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert machine.here() == ["cpu"]
+    with pytest.raises(BadInput, match="no GPU"):
+        machine.choose("cuda")
 
 
 def test_choosing_a_machine(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import taut
 from taut import benchmark, machine
 from taut.api import write_page
+from taut.benchmark import run
 from taut.checkpoint import BadInput
 from taut.cli import app
 from taut.machine import Figure, Machine
@@ -41,9 +42,9 @@ def inspected(tmp_path_factory) -> Path:
 def benched(tmp_path_factory) -> Path:
     here = Machine("m", "cpu", dict.fromkeys(("float32", "bfloat16"), Figure(1e12)), {"memory": Figure(1e10)})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(machine, "measured", lambda: here)
-        patch.setattr(machine, "read_size", lambda: 2**22)
-        load = lambda m: benchmark._load(m, None, None, False, 14)[0]  # noqa: E731
+        patch.setattr(machine, "measured", lambda *_: here)
+        patch.setattr(machine, "read_size", lambda *_: 2**22)
+        load = lambda m: run._load(m, None, None, False, 14)[0]  # noqa: E731
         found = benchmark.bench(MODEL, compile=lambda m, **_: Standin(load(m)), **SMALL)
     path = tmp_path_factory.mktemp("pages") / "bench.html"
     write_text(path, bench_page(found))

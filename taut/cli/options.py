@@ -43,6 +43,7 @@ Outputs = Annotated[OutputsName, typer.Option(help="What keeps its values; logit
 Only = Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this rewrite; may be repeated.")]
 Form = Annotated[FormName, typer.Option(help="stock loads in transformers without taut; taut may change structure.")]
 MachineName = Annotated[str | None, typer.Option("--machine", metavar="NAME", help="Floors on it; see `machines`.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, or cuda.")]
 Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page with all of it to FILE.")]
 Text = Annotated[Path | None, typer.Option("--text", metavar="FILE", help="Measure a lossy rewrite on it.")]
 Untie = Annotated[bool, typer.Option("--untie", help="Give a tied head weights of its own.")]

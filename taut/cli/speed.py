@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 
 from taut.cli.command import answer, command, progress_bar, quiet_transformers
-from taut.cli.options import Html, Json, ModelArg, Remote, Revision, Threads, WeightsName
+from taut.cli.options import Device, Html, Json, ModelArg, Remote, Revision, Threads, WeightsName
 
 
 def bench(
     model: ModelArg,
     weights: Annotated[WeightsName | None, typer.Option(help="How weights are stored; by default as they are.")] = None,
+    device: Device = "cpu",
     against: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="The original of a model in taut form, which is timed beside it."),
@@ -38,6 +39,7 @@ def bench(
         with progress_bar() as progress:
             found = benchmark.bench(
                 model,
+                device=device,
                 weights=weights.value if weights else None,
                 against=against,
                 all=everything,
@@ -71,7 +73,7 @@ def generate(
         float | None, typer.Option(min=0.0, max=1.0, help="Draw from those at least p the likeliest.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same tokens.")] = 0,
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, or cuda.")] = "cpu",
+    device: Device = "cpu",
     weights: Annotated[WeightsName | None, typer.Option(help="How weights are kept; by default as stored.")] = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="Positions of prompt and text together.")] = None,
     revision: Revision = None,
@@ -110,7 +112,7 @@ def machines(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """List the machines whose data sheets taut knows, and this one if it has been measured."""
+    """List the machines whose data sheets taut knows, and this one and its GPU if they have been measured."""
     with command(as_json, threads):
         from dataclasses import asdict
 
@@ -118,9 +120,11 @@ def machines(
         from taut.ops import _dispatch
 
         with progress_bar() as progress:
-            here = machine.measure(lambda what: progress(what, 0, 1)) if measure else machine.measured()
+            tell = lambda what: progress(what, 0, 1)  # noqa: E731
+            here = {name: machine.measure(tell, name) if measure else machine.measured(name) for name in machine.here()}
             if measure:
-                _dispatch.measure(lambda what: progress(what, 0, 1))
+                _dispatch.measure(tell)
         known = {name: machine.load(name) for name in machine.names()}
-        record = {"this": asdict(here) if here else None, "machines": {name: asdict(m) for name, m in known.items()}}
+        record = {name: asdict(m) if m else None for name, m in {"this": here["cpu"], "gpu": here.get("cuda")}.items()}
+        record["machines"] = {name: asdict(m) for name, m in known.items()}
         answer(as_json, record, lambda: show_cost.machines(known, here))

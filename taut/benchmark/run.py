@@ -1,36 +1,37 @@
-"""Before against after in one run: transformers and taut's engine, interleaved, and nothing printed that is not equal.
-
-Parity comes first (see `taut/parity.py`); where it fails there are no numbers. Prefill and decode are timed apart, all
-runners in turn in each round, beside a read of memory, since a machine's speed changes under one's feet.
+"""One run: parity, then prefill and decode timed apart, all runners in turn in each round, beside a read of memory,
+since a machine's speed changes under one's feet. On a GPU every call is timed until the device has done it.
 """
 
 from __future__ import annotations
 
-import json
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from taut import machine as machines
+from taut.benchmark.results import Bench, Timed
+from taut.benchmark.runners import Compiled, Eager, Engine, Ours
 from taut.checkpoint import BadInput, open_checkpoint
 from taut.coded import BITS
 from taut.cost import Cost, Workload, cost
 from taut.lossy import DRAWS
-from taut.machine import Figure, Machine
+from taut.machine import Figure
 from taut.op import Work
 from taut.parity import Parity, Runner, bounded, forced, greedy, in_float64, same_function
 from taut.plans import Plan
-from taut.whole_file import write_text
+from taut.runtime.placed import ON_CPU, gpu
 
 if TYPE_CHECKING:
     from taut.layers import Layer
@@ -44,139 +45,10 @@ POSITIONS = 16
 Progress = Callable[[str, int, int], None]
 
 
-class Engine(Protocol):
-    """What `taut.compile` gives, as far as it is timed: slot 0 alone is used."""
-
-    def prefill(self, ids: Any, slot: int = 0) -> Tensor: ...
-    def decode(self, tokens: Any) -> Tensor: ...
-    def reset(self, slot: int | None = None) -> None: ...
-    def explain(self) -> list[str]: ...
-
-
-@dataclass
-class Timed:
-    """Seconds a pass (median and best), and what they amount to; slack below 1 means that a cache helped."""
-
-    runner: str
-    workload: str
-    seconds: float
-    best: float
-    bytes: float
-    flops: float
-    slack: float
-
-    @property
-    def cached(self) -> bool:
-        return self.slack < 1
-
-    def as_dict(self) -> dict[str, Any]:
-        rates = {"bytes_per_s": self.bytes / self.seconds, "flops_per_s": self.flops / self.seconds}
-        return asdict(self) | rates | {"cached": self.cached}
-
-
-@dataclass
-class Bench:
-    """One run. `rows` is empty where parity failed; `failed` says which runners could not run, and why.
-
-    `apart` has the reason for each step that the engine leaves to torch; `plans` say what was applied and refused, to
-    the checkpoint (where it is in taut form) and to the decoding step; `layers` have the time of each layer.
-    """
-
-    model: str
-    weights: str
-    prompt: int
-    tokens: int
-    parity: Parity
-    machine: Machine
-    rows: list[Timed] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)
-    apart: list[str] = field(default_factory=list)
-    plans: list[Plan] = field(default_factory=list)
-    layers: list[Layer] = field(default_factory=list)
-    environment: dict[str, Any] = field(default_factory=dict)
-    costs: list[Cost] = field(default_factory=list)
-
-    @property
-    def passed(self) -> bool:
-        return self.parity.passed
-
-    def as_dict(self) -> dict[str, Any]:
-        shown = {"model": self.model, "weights": self.weights, "prompt": self.prompt, "tokens": self.tokens}
-        rows = [row.as_dict() for row in self.rows]
-        shown |= {"parity": self.parity.as_dict(), "rows": rows, "failed": self.failed}
-        shown |= {"apart": self.apart, "plans": [plan.as_dict() for plan in self.plans]}
-        shown["layers"] = [layer.as_dict() for layer in self.layers]
-        return shown | {"machine": asdict(self.machine), "environment": self.environment}
-
-    def save(self, path: Path) -> None:
-        """Raises BadInput where the file cannot be written."""
-        write_text(path, json.dumps(self.as_dict(), indent=1) + "\n")
-
-
-class Eager:
-    """transformers' own forward with its own cache."""
-
-    def __init__(self, model: Any) -> None:
-        self.model, self.cache = model, None
-
-    def prefill(self, ids: Sequence[int]) -> Tensor:
-        self.cache = None
-        return self._run(ids)
-
-    def step(self, token: int) -> Tensor:
-        return self._run([token])
-
-    @torch.inference_mode()
-    def _run(self, ids: Sequence[int]) -> Tensor:
-        out = self.model(input_ids=torch.tensor([list(ids)]), past_key_values=self.cache, use_cache=True)
-        self.cache = out.past_key_values
-        return out.logits[0, -1]
-
-
-class Compiled(Eager):
-    """The same forward through torch.compile, over a cache of fixed size."""
-
-    def __init__(self, model: Any, length: int) -> None:
-        super().__init__(model)
-        self.length, self.position = length, 0
-        self.forward = torch.compile(model.forward, dynamic=False)
-
-    def prefill(self, ids: Sequence[int]) -> Tensor:
-        from transformers import StaticCache
-
-        self.cache, self.position = StaticCache(self.model.config, max_cache_len=self.length), 0
-        return self._run(ids)
-
-    @torch.no_grad()
-    def _run(self, ids: Sequence[int]) -> Tensor:
-        places = torch.arange(self.position, self.position + len(ids))[None]
-        given = {"past_key_values": self.cache, "use_cache": True, "position_ids": places}
-        out = self.forward(input_ids=torch.tensor([list(ids)]), **given)
-        self.position += len(ids)
-        return out.logits[0, -1]
-
-
-class Ours:
-    """taut's engine on slot 0."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-
-    def prefill(self, ids: Sequence[int]) -> Tensor:
-        self.engine.reset(0)
-        return _row(self.engine.prefill(list(ids), 0))
-
-    def step(self, token: int) -> Tensor:
-        return _row(self.engine.decode([token]))
-
-
-def _row(logits: Any) -> Tensor:
-    return torch.as_tensor(logits).reshape(-1, logits.shape[-1])[-1]
-
-
 def bench(
     model: str | Path | nn.Module,
     *,
+    device: str = "cpu",
     weights: str | None = None,
     against: str | Path | nn.Module | None = None,
     all: bool = False,
@@ -190,38 +62,50 @@ def bench(
 ) -> Bench:
     """Time transformers and taut on a prompt of `prompt` tokens and `tokens` more, after their parity is shown.
 
-    `weights` is fp32, bf16, fp16, int8 or int4, by default the checkpoint's own; `all` adds torch.compile. Raises
-    BadInput for what cannot be used.
+    Both run on `device`, "cpu" or "cuda", to which a module is moved. `weights` is fp32, bf16, fp16, int8 or int4, by
+    default the checkpoint's own; `all` adds torch.compile. Raises BadInput for what cannot be used.
     """
+    if device != "cpu":
+        gpu(device)
     tell = progress or (lambda *_: None)
     tell("loading", 0, 1)
     original, loss = _original(model, against), _loss(model) or (weights if weights in BITS else None)
     loaded, ids, name = _load(original, weights, revision, trust_remote_code, prompt + tokens)
-    stored = weights or loss or _name_of(loaded)
-    make = compile or _engine
-    options = {"device": "cpu", "max_length": prompt + tokens + 1, "max_batch": 1}
-    ours = Ours(make(model, **options, weights=weights))
-    eager = Eager(loaded)
-    tell("checking parity", 0, 1)
-    if loss is None:
-        parity = _parity(eager, ours, loaded, ids, prompt, tokens, stored)
-    else:
-        noises = (Ours(make(original, **options, weights=noise)) for noise in _noises(loss))
-        parity = _bounded(eager, ours, noises, ids, prompt, tokens, loss)
-    here = machines.measured() or machines.measure(lambda what: tell(what, 0, 1))
-    apart = ours.engine.explain()
-    name = name if against is None else str(model)
-    result = Bench(name, stored, prompt, tokens, parity, here, apart=apart, environment=environment())
-    result.plans = _plans(model, loaded)
-    if not parity.passed:
-        return result
-    runners: dict[str, Runner] = {"transformers": eager, "taut": ours}
-    if all:
-        _add_compiled(runners, result, loaded, ids, prompt, tokens)
-    seconds = _interleaved(runners, ids, prompt, tokens, rounds, result, tell)
-    _fill(result, loaded, seconds)
+    stored, name = weights or loss or _name_of(loaded), name if against is None else str(model)
+    costs, plans = list(_costs(loaded, prompt, tokens)), _plans(model, loaded)
+    with _enough_memory():
+        eager = Eager(loaded.to(device))
+        make = compile or _engine
+        options = {"device": device, "max_length": prompt + tokens + 1, "max_batch": 1}
+        ours = Ours(make(model, **options, weights=weights))
+        tell("checking parity", 0, 1)
+        if loss is None:
+            parity = _parity(eager, ours, loaded, ids, prompt, tokens, stored)
+        else:
+            noises = (Ours(make(original, **options, weights=noise)) for noise in _noises(loss))
+            parity = _bounded(eager, ours, noises, ids, prompt, tokens, loss)
+        here = machines.measured(device) or machines.measure(lambda what: tell(what, 0, 1), device)
+        shown = {"apart": ours.engine.explain(), "environment": environment(device), "costs": costs, "plans": plans}
+        result = Bench(name, stored, prompt, tokens, parity, here, **shown)
+        if not parity.passed:
+            return result
+        runners: dict[str, Runner] = {"transformers": eager, "taut": ours}
+        if all:
+            _add_compiled(runners, result, loaded, ids, prompt, tokens)
+        seconds = _interleaved(runners, ids, prompt, tokens, rounds, result, device, tell)
+    _fill(result, _name_of(loaded), seconds)
     result.layers = _layers(ours, eager, ids, prompt)
     return result
+
+
+@contextmanager
+def _enough_memory() -> Iterator[None]:
+    """Raises BadInput where the GPU runs out of memory: it holds the model twice, and for the proof once in float64."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        cause = f"the GPU's memory is too small to compare two engines: {str(error).splitlines()[0]}"
+        raise BadInput(cause, f"take a smaller model, or {ON_CPU}") from error
 
 
 def _noises(loss: str) -> Iterator[Any]:
@@ -254,7 +138,7 @@ def _record(model: Any) -> dict[str, Any]:
 def _plans(model: Any, original: nn.Module) -> list[Plan]:
     """The plan that the checkpoint was rewritten by, and what was done to the decoding step when it was compiled."""
     from taut.lift import lift
-    from taut.runtime.compiling import module_step
+    from taut.runtime.exporting import module_step
     from taut.runtime.prepare import fuse, tidied
 
     record = _record(model)
@@ -270,7 +154,7 @@ def _layers(ours: Ours, eager: Eager, ids: list[int], prompt: int) -> list[Layer
     from taut.layers import layers
     from taut.runtime.engine import Engine as Own
 
-    if not isinstance(ours.engine, Own):
+    if not isinstance(ours.engine, Own) or ours.engine.device.type != "cpu":
         return []
     eager.prefill(ids[:prompt])
     return layers(ours.engine, eager.model, lambda: eager.step(ids[prompt]), prompt)
@@ -369,18 +253,20 @@ def _add_compiled(
 
 
 def _interleaved(
-    runners: dict[str, Runner], ids: list[int], prompt: int, tokens: int, rounds: int, result: Bench, tell: Progress
-) -> dict[tuple[str, str], list[float]]:
+    runners: dict[str, Runner], ids: list[int], prompt: int, tokens: int, rounds: int, result: Bench, device: str,
+    tell: Progress,
+) -> dict[tuple[str, str], list[float]]:  # fmt: skip
     """Seconds by runner and workload; a decode step's are the median of its round. The bandwidth is this run's best."""
     seconds: dict[tuple[str, str], list[float]] = {}
     best = 0.0
-    size = machines.read_size()
+    size = machines.read_size(device)
+    done = (lambda: None) if device == "cpu" else partial(torch.cuda.synchronize, device)
     for number in range(rounds + 1):
         tell("timing", number, rounds + 1)
-        probe = machines.read_bandwidth(size, seconds=0.05)
+        probe = machines.read_bandwidth(size, seconds=0.05, device=device)
         best = max(best, probe.value)
         for name, runner in runners.items():
-            whole, steps = _once(runner, ids, prompt, tokens)
+            whole, steps = _once(runner, ids, prompt, tokens, done)
             if number:  # the first round warms up
                 seconds.setdefault((name, "prefill"), []).append(whole)
                 seconds.setdefault((name, "decode"), []).append(steps)
@@ -389,23 +275,26 @@ def _interleaved(
     return seconds
 
 
-def _once(runner: Runner, ids: list[int], prompt: int, tokens: int) -> tuple[float, float]:
+def _once(runner: Runner, ids: list[int], prompt: int, tokens: int, done: Callable[[], None]) -> tuple[float, float]:
+    """Seconds of the prompt and of a step; `done` waits until the device is."""
+    done()
     start = time.perf_counter()
     runner.prefill(ids[:prompt])
+    done()
     whole = time.perf_counter() - start
     steps = []
     for token in ids[prompt : prompt + tokens]:
         start = time.perf_counter()
         runner.step(token)
+        done()
         steps.append(time.perf_counter() - start)
     return whole, median(steps)
 
 
-def _fill(result: Bench, model: nn.Module, seconds: dict[tuple[str, str], list[float]]) -> None:
-    own = _name_of(model)
+def _fill(result: Bench, own: str, seconds: dict[tuple[str, str], list[float]]) -> None:
+    """A row for every runner and workload; `own` names the weights of the original."""
     works = {}
-    for found in _costs(model, result.prompt, result.tokens):
-        result.costs.append(found)
+    for found in result.costs:
         for weights in {own, result.weights}:
             works[found.workload.name, weights] = _work(found, STORED[weights] / STORED[own]), found
     for (name, workload), times in seconds.items():
@@ -434,9 +323,11 @@ def _work(found: Cost, shrunk: float) -> Work:
     return Work(found.work.flops, shrunk * held + cache + found.ends)
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str = "cpu") -> dict[str, Any]:
     """What a number depends on."""
     versions = {name: version(name) for name in ("taut", "torch", "transformers", "numba")}
     where = {"cpu": machines.cpu_name(), "threads": torch.get_num_threads(), "system": platform.system()}
+    if device != "cpu":
+        where |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda, "triton": version("triton")}
     when = datetime.now(UTC).isoformat(timespec="minutes")
     return versions | where | {"python": platform.python_version(), "time": when}
