@@ -26,7 +26,8 @@ import taut
 from taut import machine
 from taut.parity import in_float64
 from taut.runtime.cuda import CudaRunner
-from taut.runtime.engine import Engine, Sampling
+from taut.runtime.engine import Engine
+from taut.runtime.sampling import Sampling
 from taut.runtime.steps import Program
 
 SHAPES: dict[str, dict[str, Any]] = {

@@ -14,8 +14,8 @@ from taut.lossy import with_values
 from taut.plans import Step, apply_step, form_of
 from taut.prices import Measured, timed
 from taut.rewrite import rewrites
-from taut.runtime.compiling import CannotCompile, bind, module_step, step_graph, window
 from taut.runtime.engine import Engine
+from taut.runtime.exporting import CannotCompile, bind, module_step, step_graph, window
 from taut.runtime.lower import CannotLower, lower
 from taut.runtime.prepare import fused, tidied
 from taut.runtime.replay import structure_alone

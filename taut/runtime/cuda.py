@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,10 +12,8 @@ from taut.ops.sample import sample
 from taut.runtime.placed import ON_CPU, check_formats, check_room, dtype_of, matrices, placed
 from taut.runtime.plain import Caches, PlainRunner
 from taut.runtime.runner import CACHE_DTYPES, vocabulary, weight_bytes
+from taut.runtime.sampling import Sampling
 from taut.runtime.steps import Attend, Embed, Norm, Program, Step, Torch
-
-if TYPE_CHECKING:
-    from taut.runtime.engine import Sampling
 
 GRAPHS = 16
 """At most so many captured graphs are kept; the one that was used the longest ago goes first."""

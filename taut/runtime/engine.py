@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from taut.checkpoint.errors import BadInput
-from taut.ops.sample import sample
 from taut.runtime.prompt import PromptRunner
 from taut.runtime.runner import Runner
+from taut.runtime.sampling import Sampling
 from taut.runtime.steps import Program, Torch
 
 if TYPE_CHECKING:
@@ -26,22 +25,6 @@ FEW = 4
 """Up to as many tokens the interpreter runs a prompt; beyond that torch's products, which read a weight once, pay."""
 
 Ids = Sequence[int] | Tensor
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is drawn: as in `taut.ops.sample`; temperature 0 takes the likeliest."""
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    seed: int = 0
-
-    def draw(self, logits: Tensor, requests: Tensor, positions: Tensor) -> Tensor:
-        """A token for every row; request i draws from a stream of its own, whatever else is in the batch."""
-        seeds = self.seed + requests
-        return sample(logits, self.temperature, self.top_k, self.top_p, self.min_p, seeds, positions)
 
 
 class Engine:

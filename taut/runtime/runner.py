@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,10 +12,8 @@ from taut.checkpoint.errors import BadInput
 from taut.op import nbytes
 from taut.runtime._numba.interpreter import run
 from taut.runtime.packing import Packer, Segment
+from taut.runtime.sampling import Sampling
 from taut.runtime.steps import Attend, Embed, Glu, Linear, Program, Torch, View, Weight
-
-if TYPE_CHECKING:
-    from taut.runtime.engine import Sampling
 
 CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

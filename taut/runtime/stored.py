@@ -16,7 +16,7 @@ from taut.checkpoint.names import assemble
 from taut.checkpoint.probe import Piece, whole
 from taut.graph import Graph
 from taut.runtime import saved
-from taut.runtime.compiling import Progress, bind, step_graph, stop_tokens, window
+from taut.runtime.exporting import Progress, bind, step_graph, stop_tokens, window
 
 
 def checkpoint_graph(

@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_runner import LENGTH, VOCABULARY, attending, of, program, rows_of, weight
 
 from taut.runtime.cuda import CudaRunner
-from taut.runtime.engine import Sampling
 from taut.runtime.plain import PlainRunner
+from taut.runtime.sampling import Sampling
 from taut.runtime.steps import Combine, Embed, Glu, Linear, Norm, Normalize, Program, Torch, View
 
 
@@ -102,21 +102,26 @@ def attention() -> None:
     }
     for name, given in options.items():
         report(f"attend_{name}", attending(6, 2, 16, 16, 16, **given), 2, at=100)
+        report(f"near_{name}", attending(6, 2, 16, 16, 16, **given), 1, at=100)
+    report("near_partial", attending(5, 1, 24, 17, 8), 1)
     report("attend_partial", attending(5, 1, 24, 17, 8), 3)
     report("attend_no_turn", attending(3, 3, 7, 5, 0), 1, at=64)
 
 
 def stretches() -> None:
-    """Several stretches of keys, which the last program joins."""
+    """Several stretches of keys, which the last program joins, or the product behind them."""
     import taut.runtime._triton.kernels as kernels
     from taut.runtime._triton.launch import Reach
 
     torch.manual_seed(5)
-    own = kernels.Reach
-    kernels.Reach = lambda splits=16: Reach(16, splits, 16, 4)  # type: ignore
+    own = kernels.NEAR, kernels.FAR
+    kernels.NEAR, kernels.FAR = Reach(16, 4), Reach(16, 16, 16)
+    sliding = {"first": (torch.arange(LENGTH) - 70).clamp_min(0)}
     report("stretches", attending(6, 2, 16, 16, 16, sinks=torch.randn(6)), 1, at=130)
-    report("stretches_rows", attending(6, 2, 16, 16, 16, first=(torch.arange(LENGTH) - 70).clamp_min(0)), 2, at=90)
-    kernels.Reach = own  # type: ignore
+    report("stretches_rows", attending(6, 2, 16, 16, 16, **sliding), 2, at=90)
+    report("stretches_left", attending(6, 2, 16, 16, 16), 1, at=130)
+    report("stretches_left_sliding", attending(6, 2, 16, 16, 16, **sliding), 1, at=90)
+    kernels.NEAR, kernels.FAR = own
 
 
 def draws() -> None:
