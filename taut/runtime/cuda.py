@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -11,7 +12,7 @@ from taut.checkpoint.errors import BadInput
 from taut.ops.sample import sample
 from taut.runtime.placed import ON_CPU, check_formats, check_room, dtype_of, matrices, placed
 from taut.runtime.plain import Caches, PlainRunner
-from taut.runtime.runner import CACHE_DTYPES, vocabulary, weight_bytes
+from taut.runtime.runner import CACHE_DTYPES, check_rows, vocabulary, weight_bytes
 from taut.runtime.sampling import Sampling
 from taut.runtime.steps import Attend, Embed, Norm, Program, Step, Torch
 
@@ -42,6 +43,7 @@ class CudaRunner:
             raise BadInput(f"a batch of {max_batch}", "take at least 1")
         check_formats(program)
         self.device, self.max_batch, self.capture = torch.device(device), max_batch, capture
+        self.here = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
         self.dtype = dtype_of(program)
         self.vocabulary, self.reads = vocabulary(program), _reads(program)
         self.caches = self._empty_caches(program, cache_dtype or self.dtype)
@@ -60,13 +62,15 @@ class CudaRunner:
         Row i puts `tokens[i]` at `positions[i]` of the sequence in slot `slots[i]`; all three are int64 (rows,), no
         slot twice. Raises BadInput for what lies outside of the program's bounds.
         """
-        rows = self.put(tokens, positions, slots)
-        self.play(rows, None)
+        with self.here:
+            rows = self.put(tokens, positions, slots)
+            self.play(rows, None)
         return self.kernels.logits[:rows]
 
     def draw(self, tokens: Tensor, positions: Tensor, slots: Tensor, how: Sampling) -> list[int]:
         """The same, and the token that follows in each row, drawn on the device."""
-        return self.ahead.draw(tokens, positions, slots, how)
+        with self.here:
+            return self.ahead.draw(tokens, positions, slots, how)
 
     def bytes_a_token(self, positions: list[int]) -> int:
         """Bytes of weights and caches that a run of rows at these positions must read."""
@@ -77,14 +81,8 @@ class CudaRunner:
 
     def put(self, tokens: Tensor, positions: Tensor, slots: Tensor) -> int:
         """Tell the device what the rows are; what fills a batch up to its graph's size repeats the first row."""
-        rows = len(tokens)
-        if not 1 <= rows <= self.max_batch:
-            raise BadInput(f"{rows} rows, where 1 to {self.max_batch} fit", "split them, or ask for a larger max_batch")
         limits = self.vocabulary, self.program.max_length, self.max_batch
-        for name, values, limit in zip(("token", "position", "slot"), (tokens, positions, slots), limits, strict=True):
-            low, high = int(values.min()), int(values.max())
-            if low < 0 or (limit is not None and high >= limit):
-                raise BadInput(f"{name} {low if low < 0 else high}, where 0 to {(limit or 0) - 1} are known")
+        rows = check_rows((tokens, positions, slots), limits)
         size = self.size(rows)
         given = torch.stack((tokens, positions, slots))
         self.rows[:, :size] = torch.cat((given, given[:, :1].expand(3, size - rows)), 1).to(self.device)

@@ -53,6 +53,7 @@ def cases(device: str) -> list[tuple[str, float, float]]:
         ("decode", 9),
         ("sample", 6),
         ("kept", 4),
+        ("read", 1),
     ],
 )
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -18,6 +18,7 @@ from taut.ops._activation import ACTIVATIONS
 from taut.ops._triton import grads
 from taut.ops._triton.heads import rope_append
 from taut.ops._triton.launch import Attention, Config, argmax_lm_head, decode_attention, project, sample_lm_head
+from taut.ops._triton.read import read
 from taut.ops._triton.rows import add_norm_rows, add_rows, argmax_rows, glu_rows, norm_rows, row_squares
 from taut.ops.add_rms_norm import add_rms_norm
 from taut.ops.decode_attention import decode_attention as attention
@@ -225,9 +226,15 @@ def kept() -> Iterator[Case]:
     assert argmax_lm_head(h, weight, config).tolist() == [3, 3]
 
 
+def reading() -> Iterator[Case]:
+    """Every number is read once."""
+    values = torch.rand(100_003, dtype=torch.float32)
+    yield "read", read(values, torch.empty(7)).sum(), values.double().sum(), values.sum()
+
+
 if __name__ == "__main__":
     torch.set_default_device(sys.argv[1] if len(sys.argv) > 1 else "cpu")
     torch.manual_seed(0)
-    for part in (products, summed, rows, turning, slopes, decoding, draws, kept):
+    for part in (products, summed, rows, turning, slopes, decoding, draws, kept, reading):
         for case in part():
             report(*case)

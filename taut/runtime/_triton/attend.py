@@ -19,45 +19,71 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def partners(feature, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The feature that each is turned with, the number of their angle, and whether it is the first of the two."""
+    if INTERLEAVED:
+        partner, angle, low = feature ^ 1, feature // 2, feature % 2 == 0
+    else:
+        low = feature < HALF
+        partner, angle = tl.where(low, feature + HALF, feature - HALF), tl.where(low, feature, feature - HALF)
+    return partner, angle, low
+
+
+@triton.jit
+def angles(cos, sin, position, feature, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Cosine and sine of every feature; 1 and 0 for one that is not turned."""
+    c, s = tl.full(feature.shape, 1.0, tl.float32), tl.zeros(feature.shape, tl.float32)
+    if HALF > 0:
+        _, angle, _ = partners(feature, HALF, INTERLEAVED)
+        turns = feature < 2 * HALF
+        c = tl.load(cos + position * HALF + angle, mask=turns, other=1)
+        s = tl.load(sin + position * HALF + angle, mask=turns, other=0)
+    return c, s
+
+
+@triton.jit
+def pairs(base, feature, live, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Heads at base[:, None] + feature[None, :], and what each of their features is turned with."""
+    x = tl.load(base[:, None] + feature[None, :], mask=live, other=0, cache_modifier=".cg").to(tl.float32)
+    p = x
+    if HALF > 0:
+        partner, _, _ = partners(feature, HALF, INTERLEAVED)
+        turning = live & (feature < 2 * HALF)[None, :]
+        p = tl.load(base[:, None] + partner[None, :], mask=turning, other=0, cache_modifier=".cg").to(tl.float32)
+    return x, p
+
+
+@triton.jit
 def turned(
-    base,
+    x,
+    p,
+    c,
+    s,
     feature,
     live,
     gain,
     shift,
     eps,
-    cos,
-    sin,
     D: tl.constexpr,
     HALF: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     NORM: tl.constexpr,
     CENTRED: tl.constexpr,
 ):
-    """Heads at base[:, None] + feature[None, :], normed each by itself, and their first 2 HALF features turned."""
-    x = tl.load(base[:, None] + feature[None, :], mask=live, other=0, cache_modifier=".cg").to(tl.float32)
-    mean = tl.zeros([base.shape[0]], tl.float32)
-    inv = tl.full([base.shape[0]], 1.0, tl.float32)
+    """Heads normed each by itself, and their first 2 HALF features turned; x and p are those of `pairs`, c and s those
+    of `angles`. All are loaded before anything is computed, so that the loads do not wait for each other."""
+    partner, _, low = partners(feature, HALF, INTERLEAVED)
     if NORM:
+        mean = tl.zeros([x.shape[0]], tl.float32)
         if CENTRED:
             mean = tl.sum(x, 1) / D
         left = tl.where(live, x - mean[:, None], 0.0)
         inv = tl.rsqrt(tl.sum(left * left, 1) / D + eps)
         x = normed(x, mean, inv, gain, shift, feature, D)
+        if HALF > 0:
+            p = normed(p, mean, inv, gain, shift, tl.where(feature < 2 * HALF, partner, 0), D)
     if HALF > 0:
-        if INTERLEAVED:
-            partner, angle, low = feature ^ 1, feature // 2, feature % 2 == 0
-        else:
-            low = feature < HALF
-            partner, angle = tl.where(low, feature + HALF, feature - HALF), tl.where(low, feature, feature - HALF)
-        turns = feature < 2 * HALF
-        turning = live & turns[None, :]
-        p = tl.load(base[:, None] + partner[None, :], mask=turning, other=0, cache_modifier=".cg").to(tl.float32)
-        if NORM:
-            p = normed(p, mean, inv, gain, shift, tl.where(turns, partner, 0), D)
-        c = tl.load(cos + angle, mask=turns, other=1)[None, :]
-        s = tl.load(sin + angle, mask=turns, other=0)[None, :]
-        x = x * c + tl.where(low[None, :], -p, p) * s
+        x = x * c[None, :] + tl.where(low[None, :], -p, p) * s[None, :]
     return x
 
 
@@ -90,7 +116,6 @@ def attend(
     alibi,
     sinks,
     scratch,
-    logs,
     counters,
     y,
     q_stride,
@@ -123,14 +148,11 @@ def attend(
     SPLITS: tl.constexpr,
     PARTS: tl.constexpr,
     MEMBERS: tl.constexpr,
-    LATER: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid (rows, key heads, SPLITS). GROUP query heads a key head; ROWS, WIDTH and VWIDTH are GROUP, D and DV rounded
     up. Without `k` nothing is appended. `scratch` is float32 [rows, key heads, SPLITS, GROUP, DV + 2]: sums, greatest
-    score and sum of weights of a stretch; `counters` int32 [rows, key heads], zeros. LATER: nothing is joined here;
-    `scratch` of the one row is [SPLITS, heads, DV], divided, and `logs` [SPLITS, heads] the logarithms to base 2 of the
-    sums, of -inf where there are no keys."""
+    score and sum of weights of a stretch; `counters` int32 [rows, key heads], zeros."""
     if PDL:
         gdc_launch_dependents()
     row, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -154,9 +176,7 @@ def attend(
     at = begin + tl.arange(0, KEYS)
     first_keys = tile(k_base, at, cached, feature, D)
     first_values = tile(v_base, at, cached, value, DV)
-    if HALF > 0:
-        cos += position * HALF
-        sin += position * HALF
+    c, s = angles(cos, sin, position, feature, HALF, INTERLEAVED)
     heads = head * GROUP + member
     fits = (member < GROUP)[:, None] & (feature < D)[None, :]
     written = (member < GROUP)[:, None] & (value < DV)[None, :]
@@ -166,62 +186,53 @@ def attend(
     if PDL and k is not None:
         gdc_wait()
     if part < parts:
-        query = turned(
-            q + row.to(tl.int64) * q_stride + heads * D, feature, fits, q_gain, q_shift, q_eps, cos, sin, D, HALF,
-            INTERLEAVED, Q_NORM, Q_CENTRED
-        ).to(first_keys.dtype)  # fmt: skip
-        if k is not None and part == parts - 1:
-            base = row.to(tl.int64) * k_stride + head * D + tl.arange(0, 1)
-            whole = (tl.arange(0, 1) == 0)[:, None] & (feature < D)[None, :]
-            key = turned(
-                k + base, feature, whole, k_gain, k_shift, k_eps, cos, sin, D, HALF, INTERLEAVED, K_NORM, K_CENTRED
-            ).to(first_keys.dtype)  # fmt: skip
-            new = tl.load(
-                v + row.to(tl.int64) * v_stride + head * DV + value, mask=value < DV, other=0, cache_modifier=".cg"
-            )[None, :].to(first_values.dtype)  # fmt: skip
-            place = position.to(tl.int64)
-            tl.store(k_base + place * D + feature[None, :], key, mask=(feature < D)[None, :])
-            tl.store(v_base + place * DV + value[None, :], new, mask=(value < DV)[None, :])
-        else:
-            key = tl.zeros([1, WIDTH], first_keys.dtype)
-            new = tl.zeros([1, VWIDTH], first_values.dtype)
+        xq, pq = pairs(q + row.to(tl.int64) * q_stride + heads * D, feature, fits, HALF, INTERLEAVED)
+        if k is not None:  # the last program alone has them, but a branch would wait for the queries first
+            last = part == parts - 1
+            base = k + row.to(tl.int64) * k_stride + head * D + tl.arange(0, 1)
+            whole = (tl.arange(0, 1) == 0)[:, None] & (feature < D)[None, :] & last
+            xk, pk = pairs(base, feature, whole, HALF, INTERLEAVED)
+            base = v + row.to(tl.int64) * v_stride + head * DV
+            new = tl.load(base + value, mask=(value < DV) & last, other=0, cache_modifier=".cg").to(first_values.dtype)
+        query = turned(xq, pq, c, s, feature, fits, q_gain, q_shift, q_eps, D, HALF, INTERLEAVED, Q_NORM, Q_CENTRED)
+        query = query.to(first_keys.dtype)
         greatest = tl.full([ROWS], float("-inf"), tl.float32)
         weight = tl.zeros([ROWS], tl.float32)
         sums = tl.zeros([ROWS, VWIDTH], tl.float32)
+        if k is not None:
+            key = turned(
+                xk, pk, c, s, feature, whole, k_gain, k_shift, k_eps, D, HALF, INTERLEAVED, K_NORM, K_CENTRED
+            ).to(first_keys.dtype)  # fmt: skip
+            place = position.to(tl.int64)
+            tl.store(k_base + place * D + feature[None, :], key, mask=whole)
+            tl.store(v_base + place * DV + value, new, mask=(value < DV) & last)
+            own = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * scale
+            if CAP:
+                own = cap * tanh(own / cap)
+            greatest = tl.where(last, own * LOG2E, float("-inf"))
+            weight += tl.where(last, 1.0, 0.0)
+            sums += new.to(tl.float32)[None, :]
         if alibi is not None:
             slope = tl.load(alibi + heads, mask=member < GROUP, other=0)
         block, held = first_keys, first_values
-        for start in range(begin, end, KEYS):
+        for start in range(begin, cached, KEYS):
             at = start + tl.arange(0, KEYS)
-            if k is not None:
-                own = (at == position)[:, None]
-                block = tl.where(own, key, block)
-                held = tl.where(own, new, held)
             scores = tl.dot(query, block.T, input_precision="ieee") * scale
-            now = held
-            if not LATER:  # long texts: the next tile is on its way while this one is weighed
-                block = tile(k_base, at + KEYS, cached, feature, D)
-                held = tile(v_base, at + KEYS, cached, value, DV)
+            now = held  # the next tile is on its way while this one is weighed
+            block = tile(k_base, at + KEYS, cached, feature, D)
+            held = tile(v_base, at + KEYS, cached, value, DV)
             if CAP:
                 scores = cap * tanh(scores / cap)
             if alibi is not None:
                 scores -= slope[:, None] * (position - at).to(tl.float32)[None, :]
-            scores = tl.where((at < end)[None, :], scores * LOG2E, float("-inf"))
+            scores = tl.where((at < cached)[None, :], scores * LOG2E, float("-inf"))
             higher = tl.maximum(greatest, tl.max(scores, 1))
             shrink = tl.exp2(greatest - higher)
             p = tl.exp2(scores - higher[:, None])
             weight = weight * shrink + tl.sum(p, 1)
             sums = tl.dot(p.to(now.dtype), now, sums * shrink[:, None], input_precision="ieee")
             greatest = higher
-            if LATER:
-                block = tile(k_base, at + KEYS, cached, feature, D)
-                held = tile(v_base, at + KEYS, cached, value, DV)
-        if LATER:
-            to = part * tl.num_programs(1) * GROUP + heads
-            found = sums / weight[:, None]
-            tl.store(scratch + to[:, None] * DV + value[None, :], found, mask=written)
-            tl.store(logs + to, greatest + tl.log2(weight), mask=(member < GROUP))
-        elif parts == 1:
+        if parts == 1:
             if sinks is not None:
                 sink = tl.load(sinks + heads, mask=member < GROUP, other=0) * LOG2E
                 higher = tl.maximum(greatest, sink)
@@ -231,10 +242,10 @@ def attend(
             divided = (sums / weight[:, None]).to(y.dtype.element_ty)
             tl.store(out + member[:, None] * DV + value[None, :], divided, mask=written)
         else:
-            own = joining + (part * GROUP + member) * (DV + 2)
-            tl.store(own[:, None] + value[None, :], sums, mask=written)
-            tl.store(own + DV, greatest, mask=(member < GROUP))
-            tl.store(own + DV + 1, weight, mask=(member < GROUP))
+            mine = joining + (part * GROUP + member) * (DV + 2)
+            tl.store(mine[:, None] + value[None, :], sums, mask=written)
+            tl.store(mine + DV, greatest, mask=(member < GROUP))
+            tl.store(mine + DV + 1, weight, mask=(member < GROUP))
             tl.debug_barrier()  # all of this program's stores come before its arrival
             arrived = tl.atomic_add(counters + pair, 1, sem="acq_rel")
             if arrived == parts - 1:
@@ -243,9 +254,6 @@ def attend(
                     joining, sinks, head * GROUP, out, parts, GROUP, MEMBERS, DV,
                     VWIDTH, PARTS
                 )  # fmt: skip
-    elif LATER:
-        to = part * tl.num_programs(1) * GROUP + heads
-        tl.store(logs + to, tl.full([ROWS], float("-inf"), tl.float32), mask=(member < GROUP))
 
 
 @triton.jit

@@ -78,8 +78,8 @@ def row_of(x, parts, cols, k, DV: tl.constexpr, PARTS: tl.constexpr):
         total = tl.zeros(cols.shape, tl.float32)
         for part in tl.static_range(PARTS):
             weight = tl.exp2(tl.load(parts + part * heads + head, mask=seen, other=0) - top)
-            value = tl.load(x + part * k + cols, mask=seen & (weight > 0), other=0)
-            h += weight * value
+            value = tl.load(x + part * k + cols, mask=seen, other=0)  # at once, not only when the weight is known
+            h += tl.where(weight > 0, weight * value, 0.0)  # a stretch of no keys has left anything there
             total += weight
         h /= total
     return h

@@ -14,9 +14,10 @@ from taut.runtime._triton.launch import After, Reach, Stretches
 from taut.runtime.packing import padded, places, reads_of
 from taut.runtime.steps import Attend, Combine, Embed, Glu, Linear, Normalize, Program, Step, Torch, View
 
-MOST_JOINED, MOST_FEATURES, MOST_KEYS = 8, 1024, 4096
+MOST_JOINED, MOST_FEATURES, MOST_KEYS = 16, 1024, 4096
 """So many stretches, of so many features and positions, a product joins itself; each of its programs reads them all."""
-JOINED = Reach(128, MOST_JOINED, 128, 4)
+NEAR, FAR = Reach(128, 8), Reach()
+"""Tiles and stretches of an attention that the product behind it joins, and of any other."""
 ONE_ROW = {
     (960, 576, False): Config(2, 0, 1024, warps=1),
     (576, 576, False): Config(8, 0, 1024, warps=4),
@@ -45,6 +46,7 @@ class Kernels:
         most, on_gpu = rows.shape[1], rows.device.type == "cuda"
         self.pdl = on_gpu and torch.cuda.get_device_capability(rows.device) >= (9, 0)
         self.processors = torch.cuda.get_device_properties(rows.device).multi_processor_count if on_gpu else 4
+        self.near, self.far, self.one_row = NEAR, FAR, ONE_ROW
         self.gpu_name = torch.cuda.get_device_name(rows.device) if on_gpu else ""
         made = lambda *size, dtype=dtype: torch.zeros(size, dtype=dtype, device=rows.device)  # noqa: E731
         self.places, width = places(program)
@@ -98,11 +100,14 @@ class Kernels:
                 a, b, out = self._view(step.a, rows), view(step.b), self.buffer(step.out, rows)
                 launch.combine(a, b, out, step.scale, step.b_scale, step.product, self.pdl)
             case Attend():
-                q, out = self._view(step.q, rows), self.buffer(step.out, rows)
-                later = rows == 1 and id(step) in self.left
-                scratch = self.scratch, self.logs, self.counters
-                where = (q, view(step.k), view(step.v), out), self.caches[step.layer], positions, slots
-                launch.attend(step, *where, scratch, self.reach(step, rows, later), later, self.pdl)
+                heads, where = (self._view(step.q, rows), view(step.k), view(step.v)), self.caches[step.layer]
+                if rows == 1 and id(step) in self.left:
+                    left = self._left(step)
+                    launch.stretch(step, heads, where, positions, slots, left, self.near, self.pdl)
+                    return
+                reach = self.far._replace(splits=self.splits(rows * step.kv_heads))
+                given = (*heads, self.buffer(step.out, rows)), where, positions, slots, (self.scratch, self.counters)
+                launch.attend(step, *given, reach, self.pdl)
             case Torch():
                 found = step.run(*(self._view(place, rows).float() for place in step.inputs))
                 for name, value in zip(step.outs, found, strict=True):
@@ -112,7 +117,9 @@ class Kernels:
         x, out, norm = self._view(step.x, rows), self.buffer(step.out, rows), step.norm
         config = self.config(weights, rows)
         if rows == 1:
-            launch.one(x, *weights, out, norm, after, config, self.pdl, self._stretches(step))
+            joined = self.joins.get(id(step))
+            left = None if joined is None else self._left(joined)
+            launch.one(x, *weights, out, norm, after, config, self.pdl, left)
             return
         if norm is not None and (norm.gain is not None or norm.bias is not None or norm.centred):
             normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -120,28 +127,21 @@ class Kernels:
             x, norm = normed, None
         launch.many(x, *weights, out, norm, after, config, self.pdl)
 
-    def _stretches(self, step: Linear | Glu) -> Stretches | None:
-        """What a product joins of the attention before it, if that left it."""
-        left = self.joins.get(id(step))
-        return None if left is None else Stretches(self.scratch, self.logs, left.dv, MOST_JOINED)
+    def _left(self, step: Attend) -> Stretches:
+        """Where an attention leaves its stretches for the product behind it."""
+        return Stretches(self.scratch, self.logs, step.dv, self.near.splits)
 
     def config(self, weights: tuple[Tensor, Tensor | None], rows: int) -> Config:
         """Tile sizes of a product: the measured ones of this GPU, or some that do."""
         n, k = weights[0].shape
         if rows == 1:
-            return one_row(n, k, weights[1] is not None)
+            return one_row(n, k, weights[1] is not None, self.one_row)
         found = choice.choose("linear" if weights[1] is None else "glu", rows, n, k, self.gpu_name)
         return found if isinstance(found, Config) else some_rows(rows, n, k)
 
-    def reach(self, step: Attend, rows: int, later: bool) -> Reach:
-        """Into how many stretches keys are split: so many that short texts need one, and long ones fill the GPU."""
-        if later:
-            return JOINED
-        return Reach(splits=self.splits(rows * step.kv_heads))
-
     def splits(self, pairs: int) -> int:
-        """Stretches of each of so many pairs of a row and a key head."""
-        longest = -(-self.program.max_length // Reach().least)
+        """Stretches of each of so many pairs of a row and a key head: short texts need one, long ones fill the GPU."""
+        longest = -(-self.program.max_length // self.far.least)
         return max(1, min(longest, -(-2 * self.processors // pairs)))
 
     def splits_of_all(self, most: int, attends: list[Attend]) -> int:
@@ -174,10 +174,10 @@ def _joins(program: Program) -> dict[int, Attend]:
     return found
 
 
-def one_row(n: int, k: int, gated: bool) -> Config:
+def one_row(n: int, k: int, gated: bool, sizes: dict[tuple[int, int, bool], Config]) -> Config:
     """Tile sizes for one row: those that were the fastest on an H200 at the nearest of the sizes tried."""
-    near = (size for size in ONE_ROW if size[2] == gated)
-    return ONE_ROW[min(near, key=lambda size: abs(log(size[0] / n)) + 2 * abs(log(size[1] / k)))]
+    near = (size for size in sizes if size[2] == gated)
+    return sizes[min(near, key=lambda size: abs(log(size[0] / n)) + 2 * abs(log(size[1] / k)))]
 
 
 def some_rows(rows: int, n: int, k: int) -> Config:

@@ -12,6 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from taut.ops._triton.launch import Config
 from taut.runtime._triton import attend as attending
 from taut.runtime._triton import dense, place
+from taut.runtime._triton import stretches as stretching
 from taut.runtime.steps import Attend, Norm
 
 FULL, RMS, PLAIN = (kind.value for kind in (dense.FULL, dense.RMS, dense.PLAIN))
@@ -29,7 +30,7 @@ class After(NamedTuple):
 
 
 class Reach(NamedTuple):
-    """Keys a tile, most stretches of a sequence, least keys of one, warps."""
+    """Keys a tile, most stretches of a sequence, least keys of one where attention joins them itself, warps."""
 
     keys: int = 64
     splits: int = 16
@@ -106,29 +107,54 @@ def attend(
     caches: tuple[Tensor, Tensor],
     positions: Tensor,
     slots: Tensor,
-    scratch: tuple[Tensor, Tensor, Tensor],
+    scratch: tuple[Tensor, Tensor],
     reach: Reach,
-    later: bool,
     pdl: bool,
 ) -> None:
-    """`rows` are q, k, v and out [rows, features]; `scratch` the room for stretches, for their logarithms, and the
-    counters, zeros. With `later` the stretches are left there to be joined."""
-    (q, k, v, y), (keys, values), rotary = rows, caches, step.rotary
-    (q_kind, *q_norm, q_centred), (k_kind, *k_norm, k_centred) = _norm(step.q_norm), _norm(step.k_norm)
+    """`rows` are q, k, v and out [rows, features]; `scratch` the room for stretches, and the counters, zeros."""
+    (q, k, v, y), (keys, values) = rows, caches
+    norms, numbers, kinds = _of_heads(step)
     group, up = step.heads // step.kv_heads, triton.next_power_of_2
-    half, interleaved = (0, False) if rotary is None else (rotary.cos.shape[1], rotary.interleaved)
     stride = lambda t: 0 if t is None else t.stride(0)  # noqa: E731
     attending.attend[(len(y), step.kv_heads, reach.splits)](
-        *(q, k, v, keys, values, positions, slots, *((None, None) if rotary is None else (rotary.cos, rotary.sin))),
-        *(*q_norm, *k_norm, step.first, step.alibi, step.sinks, *scratch, y),
-        *(stride(q), stride(k), stride(v), stride(y), *keys.stride()[:2], *values.stride()[:2], step.scale),
-        *(step.softcap or 1.0, step.q_norm.eps if step.q_norm else 0.0, step.k_norm.eps if step.k_norm else 0.0),
+        *(q, k, v, keys, values, positions, slots, *norms, step.first, step.alibi, step.sinks, *scratch, y),
+        *(stride(q), stride(k), stride(v), stride(y), *keys.stride()[:2], *values.stride()[:2], *numbers),
         *(reach.least, group, up(max(group, 16)), step.d, up(max(step.d, 16)), step.dv, up(max(step.dv, 16))),
-        half,
-        *(interleaved, q_kind != PLAIN, q_centred, k_kind != PLAIN, k_centred, step.softcap is not None),
-        *(reach.keys, reach.splits, min(8, up(reach.splits)), up(group), later, pdl),
+        *(*kinds, reach.keys, reach.splits, min(8, up(reach.splits)), up(group), pdl),
         **options(Config(0, 0, 0, warps=reach.warps), pdl),
     )
+
+
+def stretch(
+    step: Attend,
+    row: tuple[Tensor, Tensor | None, Tensor | None],
+    caches: tuple[Tensor, Tensor],
+    positions: Tensor,
+    slots: Tensor,
+    left: Stretches,
+    reach: Reach,
+    pdl: bool,
+) -> None:
+    """The attention of one row into `left`, not joined; `row` is q, k and v [1, features]."""
+    (keys, values), up = caches, triton.next_power_of_2
+    norms, numbers, kinds = _of_heads(step)
+    stretching.stretch[(step.heads, left.count)](
+        *(*row, keys, values, positions, slots, *norms, step.first, step.alibi, left.found, left.logs),
+        *(*keys.stride()[:2], *values.stride()[:2], *numbers, step.heads // step.kv_heads),
+        *(step.d, up(max(step.d, 16)), step.dv, up(max(step.dv, 16)), *kinds, reach.keys, pdl),
+        **options(Config(0, 0, 0, warps=reach.warps), pdl),
+    )
+
+
+def _of_heads(step: Attend) -> tuple[tuple, tuple, tuple]:
+    """What an attention does to its heads and scores: tables, numbers, and what the kernel is made for."""
+    rotary = step.rotary
+    (q_kind, *q_norm, q_centred), (k_kind, *k_norm, k_centred) = _norm(step.q_norm), _norm(step.k_norm)
+    tables = (None, None) if rotary is None else (rotary.cos, rotary.sin)
+    epsilons = (norm.eps if norm else 0.0 for norm in (step.q_norm, step.k_norm))
+    half, interleaved = (0, False) if rotary is None else (rotary.cos.shape[1], rotary.interleaved)
+    kinds = half, interleaved, q_kind != PLAIN, q_centred, k_kind != PLAIN, k_centred, step.softcap is not None
+    return (*tables, *q_norm, *k_norm), (step.scale, step.softcap or 1.0, *epsilons), kinds
 
 
 def embed(
