@@ -8,7 +8,7 @@ from collections.abc import Mapping
 class BadInput(Exception):
     """The input cannot be used. The message is the cause, `cure` says what to do about it."""
 
-    def __init__(self, cause: str, cure: str = "") -> None:
+    def __init__(self, cause: str, cure: str) -> None:
         super().__init__(cause)
         self.cure = cure
 

@@ -48,7 +48,10 @@ class Runner:
         Row i puts `tokens[i]` at `positions[i]` of the sequence in slot `slots[i]`; all three are int64 (rows,). Rows
         of one slot may stand at successive positions. Raises BadInput for what lies outside of the program's bounds.
         """
-        rows = self._take(tokens, positions, slots)
+        given = tokens, positions, slots
+        rows = check_rows(given, (self.vocabulary, self.program.max_length, self.max_batch))
+        for row, values in zip(self.rows, given, strict=True):
+            row[:rows] = values
         for segment in self.packed.segments:
             if isinstance(segment, Segment):
                 self._play(segment, rows)
@@ -81,21 +84,6 @@ class Runner:
                     total += size * sum(keys_seen(step, position) for position in positions)
         return total
 
-    def _take(self, tokens: Tensor, positions: Tensor, slots: Tensor) -> int:
-        rows = len(tokens)
-        if not 1 <= rows <= self.max_batch:
-            raise BadInput(f"{rows} rows, where 1 to {self.max_batch} fit", "split them, or ask for a larger max_batch")
-        limits = self.vocabulary, self.program.max_length, self.max_batch
-        for i, (name, values) in enumerate((("token", tokens), ("position", positions), ("slot", slots))):
-            self.rows[i, :rows] = values
-            self._check(name, self.rows[i, :rows].tolist(), limits[i])
-        return rows
-
-    def _check(self, name: str, values: list[int], limit: int | None) -> None:
-        for value in values:
-            if value < 0 or (limit is not None and value >= limit):
-                raise BadInput(f"{name} {value}, where 0 to {(limit or 0) - 1} are known")
-
     def _play(self, segment: Segment, rows: int) -> None:
         packed, (tokens, positions, slots) = self.packed, self.rows
         stride, place = 4 * self.scratch.stride(0), self.scratch.data_ptr()
@@ -109,6 +97,19 @@ class Runner:
 
     def _view(self, view: View, rows: int) -> Tensor:
         return self.buffers[view.buffer][:rows, view.start : view.stop]
+
+
+def check_rows(given: tuple[Tensor, Tensor, Tensor], limits: tuple[int | None, int, int]) -> int:
+    """How many rows tokens, positions and slots are. Raises BadInput for too many, and for one beyond its limit."""
+    rows, slots = len(given[0]), limits[2]
+    if not 1 <= rows <= slots:
+        raise BadInput(f"{rows} rows, where 1 to {slots} fit", "split them, or ask for a larger max_batch")
+    for name, values, limit in zip(("token", "position", "slot"), given, limits, strict=True):
+        wrong = next((v for v in values.tolist() if v < 0 or (limit is not None and v >= limit)), None)
+        if wrong is not None:
+            known = "no negative one is" if limit is None else f"0 to {limit - 1} are"
+            raise BadInput(f"{name} {wrong}, where {known} known", f"give another {name}")
+    return rows
 
 
 def make_caches(program: Program, slots: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
