@@ -3,7 +3,10 @@
 Source: Sanovar, Bharadwaj, St. Amant, Ruehle and Rajmohan, LeanAttention, 2024, arXiv:2405.10480; pages: Kwon et al.,
 PagedAttention, 2023, arXiv:2309.06180.
 Differs: partial results are merged in the order of the keys, so that every run gives the same bits; a sequence without
-keys gives zeros. It is `cache_attention` by the number of keys instead of the position, and with pages.
+keys gives zeros.
+
+It is `cache_attention` by the number of keys, not the position, and stays an op of its own: as one op, most of what it
+declares (a first key, softcap, sinks, slopes) would have no kernel, and every call a launch more, to count from one.
 """
 
 from __future__ import annotations
