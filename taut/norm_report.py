@@ -75,8 +75,9 @@ def _with(graph: Graph, given_up: Iterable[str]) -> Graph | None:
 
 
 def _untied(graph: Graph) -> Graph | None:
-    """Each use of a tied parameter gets a parameter of its own."""
+    """Each use of a tied parameter gets a parameter of its own, which may be written where the tied one may."""
     tied = [name for name in graph.values if len(graph.names_of(name)) > 1]
+    home: dict[str, str] = {}
     for name in tied:
         leaf = graph.placeholders("parameter")[name]
         _, *others = sorted(uses(graph)[name])
@@ -84,6 +85,9 @@ def _untied(graph: Graph) -> Graph | None:
             if leaf in user.all_input_nodes:
                 own = graph.add_parameter(f"{name}#{i + 2}", graph.values[name], leaf.meta["val"])
                 user.replace_input_with(leaf, own)
+                home[f"{name}#{i + 2}"] = name
+    if (asked := graph.unwritable) is not None:
+        graph.unwritable = lambda name, axes: asked(home.get(name, name), axes)
     return graph if tied else None
 
 

@@ -71,6 +71,10 @@ def effective_dims(model: nn.Module, batches: Iterable[Any]) -> list[EffectiveDi
 
     Raises ValueError where a layer saw fewer tokens than inputs: its rank would be that of the sample.
     """
+    return [layer.finish(name) for name, layer in _watched(model, batches).items()]
+
+
+def _watched(model: nn.Module, batches: Iterable[Any]) -> dict[str, _Layer]:
     layers: dict[str, _Layer] = {}
     matrices = {name: module for name, module in model.named_modules() if _has_matrix(module)}
     handles = [m.register_forward_hook(partial(_record, layers, name)) for name, m in matrices.items()]
@@ -81,7 +85,7 @@ def effective_dims(model: nn.Module, batches: Iterable[Any]) -> list[EffectiveDi
     finally:
         for handle in handles:
             handle.remove()
-    return [layer.finish(name) for name, layer in layers.items()]
+    return layers
 
 
 def redundancy(model: nn.Module, texts: Iterable[Tensor] | None = None) -> list[EffectiveDims]:
@@ -94,10 +98,10 @@ def redundancy(model: nn.Module, texts: Iterable[Tensor] | None = None) -> list[
         return effective_dims(model, ({"input_ids": ids} for ids in texts))
     from taut.shrink import example_inputs
 
-    widest = max((max(m.get_parameter("weight").shape) for m in model.modules() if _is_product(m)), default=1)
-    length, batch = 128, 4
-    count = 2 * widest // (length * batch) + 1
-    return effective_dims(model, (example_inputs(model, batch, length, seed) for seed in range(count)))
+    made = lambda seed: example_inputs(model, 4, 128, seed)  # noqa: E731  (shorter where the model reads no more)
+    first = _watched(model, [made(0)])
+    count = max((2 * len(layer.moment) // layer.tokens + 1 for layer in first.values()), default=1)
+    return effective_dims(model, map(made, range(count)))
 
 
 def redundancy_of(
@@ -132,11 +136,6 @@ def ids_of(path: str | Path, text: str | Path, length: int = 128) -> list[Tensor
     if ids.shape[1] < length:
         raise ValueError(f"{text} has {ids.shape[1]} tokens, and a row takes {length}")
     return list(ids[:, : ids.shape[1] // length * length].view(-1, 1, length))
-
-
-def _is_product(module: nn.Module) -> bool:
-    """Whether a module multiplies by its matrix; an embedding looks rows up."""
-    return _has_matrix(module) and not isinstance(module, nn.Embedding)
 
 
 def _has_matrix(module: nn.Module) -> bool:

@@ -499,6 +499,14 @@ def test_a_report_per_norm(model):
     assert "norms" not in as_json("inspect", model)
 
 
+def test_a_report_per_norm_of_a_model_whose_head_is_tied(tmp_path):
+    """Untied, a parameter of its own is judged that no tensor on disk holds."""
+    architectures.build("gpt2").save_pretrained(tmp_path / "gpt2")
+    found = as_json("inspect", tmp_path / "gpt2", "--norms")["norms"]
+    assert [norm["verdict"] for norm in found] == ["can be made free"] * 4 + ["never free"]
+    assert found[0]["needs"] == ["--untie"]
+
+
 def test_redundant_parameters(tmp_path):
     architectures.build("gpt2").save_pretrained(tmp_path / "gpt2")
     found = {layer["name"]: layer for layer in as_json("inspect", tmp_path / "gpt2", "--redundancy")["redundancy"]}

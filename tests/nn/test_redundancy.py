@@ -91,6 +91,16 @@ def test_made_up_inputs_show_what_layer_norm_leaves_idle():
     assert found == {layer.name: layer for layer in redundancy(model, list(torch.randint(96, (16, 1, 128))))}
 
 
+def test_a_model_of_few_positions_is_run_as_often_as_its_widest_layer_needs():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=48, n_layer=1, n_head=4, vocab_size=96, n_positions=5)).eval()
+    found = {layer.name: layer for layer in redundancy(model)}
+    assert found["transformer.h.0.mlp.c_fc"].redundant_parameters == 192
+    assert found["transformer.h.0.mlp.c_proj"].inputs == 193
+
+
 def test_text_is_cut_into_rows_of_one_length():
     rows = ids_of(DEMO / "model", DEMO / "heldout.txt", 64)
     assert len(rows) > 10
