@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,10 +49,7 @@ class Runner:
         Row i puts `tokens[i]` at `positions[i]` of the sequence in slot `slots[i]`; all three are int64 (rows,). Rows
         of one slot may stand at successive positions. Raises BadInput for what lies outside of the program's bounds.
         """
-        given = tokens, positions, slots
-        rows = check_rows(given, (self.vocabulary, self.program.max_length, self.max_batch))
-        for row, values in zip(self.rows, given, strict=True):
-            row[:rows] = values
+        rows = self._take(tokens, positions, slots)
         for segment in self.packed.segments:
             if isinstance(segment, Segment):
                 self._play(segment, rows)
@@ -84,6 +82,12 @@ class Runner:
                     total += size * sum(keys_seen(step, position) for position in positions)
         return total
 
+    def _take(self, *given: Tensor) -> int:
+        rows = check_rows(given, (self.vocabulary, self.program.max_length, self.max_batch))
+        for row, values in zip(self.rows, given, strict=True):
+            row[:rows] = values
+        return rows
+
     def _play(self, segment: Segment, rows: int) -> None:
         packed, (tokens, positions, slots) = self.packed, self.rows
         stride, place = 4 * self.scratch.stride(0), self.scratch.data_ptr()
@@ -99,7 +103,7 @@ class Runner:
         return self.buffers[view.buffer][:rows, view.start : view.stop]
 
 
-def check_rows(given: tuple[Tensor, Tensor, Tensor], limits: tuple[int | None, int, int]) -> int:
+def check_rows(given: Sequence[Tensor], limits: tuple[int | None, int, int]) -> int:
     """How many rows tokens, positions and slots are. Raises BadInput for too many, and for one beyond its limit."""
     rows, slots = len(given[0]), limits[2]
     if not 1 <= rows <= slots:
