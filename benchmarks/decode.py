@@ -24,6 +24,7 @@ from torch import Tensor
 
 import taut
 from taut import machine
+from taut.ops._triton.timing import graph
 from taut.parity import in_float64
 from taut.runtime.cuda import CudaRunner
 from taut.runtime.engine import Engine
@@ -38,6 +39,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
     | {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "tie_word_embeddings": False},
 }
+DEVICE = "cuda"
 PROMPT, STEPS, FORCED = 512, 64, 32
 ROOM = 8 * STEPS
 """Positions behind the context, into which the timed steps go."""
@@ -55,7 +57,7 @@ def build(name: str) -> Any:
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with torch.device("cuda"):
+        with torch.device(DEVICE):
             return transformers.LlamaForCausalLM(config).eval()
     finally:
         torch.set_default_dtype(default)
@@ -70,8 +72,8 @@ def parity(model: Any, engine: Engine) -> dict[str, float]:
     engine.reset()
     rows = [engine.prefill(ids[:start]).clone()]
     rows += [engine.decode([token])[0].clone() for token in ids[start : PROMPT - 1].tolist()]
-    found = torch.stack(rows).double()
-    own = model(input_ids=ids[None].cuda(), use_cache=False).logits[0, start - 1 : PROMPT - 1].double()
+    found = torch.stack(rows).double().cpu()
+    own = model(input_ids=ids[None].to(DEVICE), use_cache=False).logits[0, start - 1 : PROMPT - 1].double().cpu()
     exact = in_float64(model, ids[:start].tolist(), ids[start:].tolist())
     errors = {way: float((y - exact).norm() / exact.norm()) for way, y in (("taut", found), ("transformers", own))}
     assert errors["taut"] <= 2 * errors["transformers"], errors
@@ -92,47 +94,45 @@ def theirs(model: Any, batch: int, context: int, compiled: bool) -> Way:
     from transformers import StaticCache
 
     cache: Any = StaticCache(model.config, max_cache_len=context + ROOM)
-    token = torch.full((batch, 1), 7, device="cuda")
-    with torch.no_grad():
-        model(input_ids=token, past_key_values=cache, use_cache=True)  # makes the caches
-    place = torch.full((1, 1), context, device="cuda")
-
-    def at(position: int) -> None:
-        place.fill_(position)
-        for layer in cache.layers:
-            layer.cumulative_length = torch.full_like(torch.as_tensor(layer.cumulative_length, device="cuda"), position)
+    token = torch.full((batch, 1), 7, device=DEVICE)
+    place = torch.full((1, 1), context, device=DEVICE)
 
     def forward(token: Tensor, place: Tensor) -> Tensor:
         out = model(input_ids=token, past_key_values=cache, use_cache=True, position_ids=place.expand(batch, 1))
         return out.logits[:, -1].argmax(-1, keepdim=True)
 
-    at(context)
-    if compiled:
-        forward = torch.compile(forward, mode="reduce-overhead", dynamic=False, fullgraph=True)
+    run = torch.compile(forward, mode="reduce-overhead", dynamic=False) if compiled else forward
 
     @torch.no_grad()
     def step() -> None:
         torch.compiler.cudagraph_mark_step_begin()
-        token.copy_(forward(token, place))
+        token.copy_(run(token, place))
         place.add_(1)
 
+    with torch.no_grad():
+        forward(token, place)  # makes the caches
+    fill(cache, context)
     for _ in range(4):
         step()
     if compiled:
         return step
-    graph = torch.cuda.CUDAGraph()
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side), torch.no_grad():
-        step()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph), torch.no_grad():
-        token.copy_(forward(token, place))
-        place.add_(1)
+    captured = graph(lambda _: step(), 1)
 
     def replay(held: tuple = (cache, token, place)) -> None:  # the graph does not keep what it reads
-        graph.replay()
+        captured.replay()
 
     return replay
+
+
+def fill(cache: Any, position: int) -> None:
+    """Random keys and values, and a length, in place: a compiled graph reads the tensors where they are."""
+    for layer in cache.layers:
+        layer.keys.normal_()
+        layer.values.normal_()
+        if isinstance(layer.cumulative_length, Tensor):
+            layer.cumulative_length.fill_(position)
+        else:
+            layer.cumulative_length = position
 
 
 def milliseconds(ways: dict[str, Way], rounds: int = 5) -> dict[str, float]:
@@ -154,7 +154,8 @@ def milliseconds(ways: dict[str, Way], rounds: int = 5) -> dict[str, float]:
 
 def row(name: str, model: Any, program: Program, batch: int, context: int, peers: dict[str, bool]) -> dict[str, Any]:
     """Times of one batch and context; a peer that cannot run says why."""
-    engine = Engine(replace(program, max_length=context + ROOM), batch, device="cuda")
+    torch._dynamo.reset()  # what an earlier row compiled goes, with its memory
+    engine = Engine(replace(program, max_length=context + ROOM), batch, device=DEVICE)
     for pair in engine.runner.caches:
         for cache in pair:
             cache.normal_()
@@ -178,9 +179,9 @@ def opened(name: str, longest: int) -> tuple[Any, Program, dict[str, float]]:
     """The model, its program, and the errors of both."""
     model = build(name)
     began = time.perf_counter()
-    engine = taut.compile(model, device="cuda", max_length=longest + ROOM)
+    engine = taut.compile(model, device=DEVICE, max_length=longest + ROOM)
     print(f"{name}: compiled in {time.perf_counter() - began:.0f} s", flush=True)
-    engine = Engine(replace(engine.program, max_length=PROMPT + ROOM), device="cuda")
+    engine = Engine(replace(engine.program, max_length=PROMPT + ROOM), device=DEVICE)
     errors = parity(model, engine)
     print(f"{name}: errors {errors}", flush=True)
     return model, engine.program, errors
@@ -198,8 +199,8 @@ def main() -> None:
     rows = []
     longest = max(length for _, length in cases)
     peers = [{"transformers, eager kernels": False}, {"transformers, torch.compile": True}] if args.peers else [{}]
-    plan = [(*case, name, peers[0]) for case in cases for name in args.only]
-    plan += [(*CASES[0], name, peers[1]) for name in args.only if args.peers]
+    plan = [(*cases[0], name, beside) for beside in peers for name in args.only]
+    plan += [(*case, name, peers[0]) for case in cases[1:] for name in args.only]
     for batch, context, name, beside in plan:
         if name not in models:
             models[name] = opened(name, longest)

@@ -51,6 +51,7 @@ class CudaRunner:
         self.rows = torch.zeros(3, max_batch, dtype=torch.int64, device=self.device)
         self.seed = torch.zeros((), dtype=torch.int64, device=self.device)
         self.heat = torch.ones((), dtype=torch.float32, device=self.device)
+        self.drawn_by = 0, 1.0
         self.kernels = Kernels(self.program, self.caches, self.rows, self.dtype)
         self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
         self.ahead = Ahead(self)
@@ -96,8 +97,7 @@ class CudaRunner:
         """One step of the rows that were put; with `how` the tokens and positions then are the next step's."""
         size = self.size(rows)
         if how is not None:
-            self.seed.fill_(how.seed)
-            self.heat.fill_(how.temperature or 1.0)
+            self._draw_by(how)
             how = replace(how, seed=0, temperature=float(how.temperature > 0))
         if not self.capture:
             self._steps(size, how)
@@ -108,6 +108,14 @@ class CudaRunner:
         if len(self.graphs) > GRAPHS:
             self.graphs.pop(next(iter(self.graphs)))
         graph.replay()
+
+    def _draw_by(self, how: Sampling) -> None:
+        """Tell the device seed and temperature, where they are not the last step's."""
+        given = how.seed, how.temperature or 1.0
+        if given != self.drawn_by:
+            self.seed.fill_(given[0])
+            self.heat.fill_(given[1])
+            self.drawn_by = given
 
     def _steps(self, size: int, how: Sampling | None) -> None:
         self.kernels.play(size)
