@@ -39,6 +39,11 @@ OTHERS = {
         | {"hidden_size_per_layer_input": 0, "sliding_window": 4},
     ),
     "opt": ("OPTForCausalLM", architectures.SIZES | {"ffn_dim": 80, "word_embed_proj_dim": 48}),
+    "opt_untied": (
+        "OPTForCausalLM",
+        architectures.SIZES
+        | {"ffn_dim": 80, "word_embed_proj_dim": 48, "max_position_embeddings": 62, "tie_word_embeddings": False},
+    ),
 }
 
 

@@ -20,6 +20,7 @@ SITES = {
     "vit": (5, 5, 12),  # a convolution with bias, the class token, positions
     "gpt2": (5, 0, 0),  # tied embedding
     "opt": (5, 0, 0),
+    "opt_untied": (5, 5, 10),
     "cohere": (3, 0, 0),
     "bert": (6, 0, 0),  # post-norm, tied decoder; the head's norm reads a GELU
     "llama": (0, 0, 0),

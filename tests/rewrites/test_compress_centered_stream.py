@@ -21,6 +21,7 @@ from taut.tracing import trace
 # column of every weight that reads. The final norms are outputs, and so keep every feature.
 FEWER = {
     "gpt2_untied": 99 + 64 + 2 * (48 + 1 + 192 + 1) + 2 * (144 + 192),
+    "opt_untied": 99 + 64 + 2 * (48 + 1 + 80 + 1) + 2 * (144 + 80),
     "gpt_neox": 99 + 2 * (48 + 1 + 80 + 1) + 2 * (144 + 80),
     "vit": (3 * 4 * 4 + 1) + 1 + 17 + 2 * (48 + 1 + 80 + 1) + 2 * (3 * 48 + 80),
 }
