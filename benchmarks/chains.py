@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from taut.ops import _gpu
+from taut.ops._triton import choice
 from taut.ops._triton.choice import Config
 from taut.ops._triton.heads import rope_append
 from taut.ops._triton.launch import argmax_lm_head, project
@@ -134,7 +135,8 @@ def head_tautly(given: Inputs, weight: Tensor) -> tuple[Tensor, ...]:
 
 def few(given: Inputs, weight: Tensor, h: Tensor, kind: str, up: Tensor | None = None) -> Tensor:
     """Sum, norm and product of at most 64 tokens, by the kernel that was measured to be the fastest."""
-    config = _gpu.chosen(kind, h, weight)
+    (n, k), device = weight.shape, choice.device_name(h.get_device())
+    config = choice.choose(kind, len(h), n, k, device, summed=True)
     if isinstance(config, Config):
         y, act = h.new_empty(len(h), len(weight)), "identity" if up is None else "silu"
         return project(given.x, weight, y, config, up=up, act=act, eps=EPS, delta=given.delta, stream=h)

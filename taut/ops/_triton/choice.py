@@ -1,8 +1,9 @@
 """Which kernel and configuration serves a product: a table measured on this kind of device, shipped or made anew.
 
-A table is JSON: {"device", "torch", "triton", "measured": [{"kind", "n", "k", "tokens", "config", "us", "vendor_us"}]},
-with `config` null where the vendor's product is faster. A product takes the row of its kind and of the least token
-count that is not below its own whose n and k are nearest. `python -m taut.ops._triton.tune` makes one.
+A table is JSON: {"device", "torch", "triton", "measured": [{"kind", "n", "k", "tokens", "config", "us", "vendor_us",
+"product_us", "summed"}]}, with `config` null where the vendor's product is faster; `summed`, of one token, is the
+configuration for an input that is summed on the way. A product takes the row of its kind and of the least token count
+that is not below its own whose n and k are nearest. `python -m taut.ops._triton.tune` makes one.
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ BUCKETS = (1, 16, 64, 256, 1024)
 """Token counts that are measured; a product of fewer tokens takes the next one's row."""
 
 
-def choose(kind: str, tokens: int, n: int, k: int, device: str, alone: bool = False) -> Config | str:
+def choose(
+    kind: str, tokens: int, n: int, k: int, device: str, alone: bool = False, summed: bool = False
+) -> Config | str:
     """The configuration for a `linear` or a `glu` on a device of a name, or why the vendor's product serves it.
 
     `alone` asks for a product without a norm before it: then ours must not be slower than the vendor's alone.
+    `summed` asks for one that adds two inputs on the way.
     """
     if tokens > BUCKETS[-1]:
         return f"more than {BUCKETS[-1]} tokens are the vendor's"
@@ -39,7 +43,7 @@ def choose(kind: str, tokens: int, n: int, k: int, device: str, alone: bool = Fa
     row = min(near, key=lambda row: abs(math.log(row["n"] / n)) + abs(math.log(row["k"] / k)))
     if row["config"] is None or (alone and row["us"] > row["product_us"]):
         return f"the vendor's product is faster at {bucket} tokens near ({k}, {n})"
-    return Config(*row["config"])
+    return Config(*(row.get("summed", row["config"]) if summed else row["config"]))
 
 
 @cache

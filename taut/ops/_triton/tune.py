@@ -1,6 +1,7 @@
 """Measure which configuration serves which product on this GPU, and write the table that `choice` reads.
 
-python -m taut.ops._triton.tune [--out FILE] [--shapes K,N[g] ...] takes some minutes.
+python -m taut.ops._triton.tune [--out FILE] [--shapes K,N[g] ...] [--tokens N ...] takes some minutes. What is not
+measured is taken over from the table in use.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from taut.ops._triton.choice import BUCKETS, made_here
+from taut.ops._triton.choice import BUCKETS, made_here, table
 from taut.ops._triton.launch import Config, project
 from taut.ops._triton.timing import copies_for, microseconds
 
@@ -88,9 +89,15 @@ def fused(x: Tensor, weight: Tensor, up: Tensor | None, config: Config, eps: flo
     return project(x, weight, x.new_empty(len(x), len(weight)), config, up=up, act=act, eps=eps)
 
 
-def compile_all(shapes: list[Shape], workers: int) -> None:
+def of_sum(x: Tensor, weight: Tensor, up: Tensor | None, config: Config, eps: float = 1e-6) -> Tensor:
+    """The same of x + x, which is written too."""
+    act, y = "identity" if up is None else "silu", x.new_empty(len(x), len(weight))
+    return project(x, weight, y, config, up=up, act=act, eps=eps, delta=x, stream=torch.empty_like(x))
+
+
+def compile_all(cases: list[tuple[Shape, int]], workers: int) -> None:
     """Fill Triton's cache with every kernel to be tried, in as many processes."""
-    jobs = [(shape, tokens, c) for shape in shapes for tokens in buckets(shape) for c in configs(shape, tokens)]
+    jobs = [(shape, tokens, c) for shape, tokens in cases for c in configs(shape, tokens)]
     unlike = {(shape.kind, min(tokens, 2), c): (shape, tokens, c) for shape, tokens, c in jobs}
     jobs = list(unlike.values())
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
@@ -102,6 +109,8 @@ def _compile(jobs: list[tuple[Shape, int, Config]]) -> None:
         x, (weight,), (up,) = inputs(Shape(1024, 1024, shape.kind), tokens, 1)
         with suppress(triton.runtime.errors.OutOfResources):
             fused(x, weight, up, config)
+            if tokens == 1:
+                of_sum(x, weight, up, config)
 
 
 def errors_of(shape: Shape, tokens: int, tried: list[Config]) -> tuple[dict[Config, float], float]:
@@ -149,39 +158,61 @@ def measure(shape: Shape, tokens: int, keep: int = 4) -> dict:
     product = lambda i: (F.linear(x, many[i]), None if ups[i] is None else F.linear(x, ups[i]))  # noqa: E731
     *times, vendors, plainly = microseconds([*calls, lambda i: vendor(x, many[i], ups[i]), product], copies, 15)
     us, config = min(zip(times, best, strict=True), key=lambda pair: pair[0])
-    return {
+    row = {
         **shape._asdict(),
         "tokens": tokens,
         "config": list(config) if us < MARGIN * vendors else None,
         "us": round(us, 3),
         "vendor_us": round(vendors, 3),
         "product_us": round(plainly, 3),
-        "error": found[config._replace(ahead=0)],
-        "vendor_error": plain,
-        "tried": [[list(c), round(quick[c], 3)] for c in sorted(quick, key=lambda c: quick[c])[:12]],
     }
+    if tokens > 1:
+        return row
+    return row | {"summed": list(fastest_of_sum(x, many, ups, [*right, *best]))}
+
+
+def fastest_of_sum(x: Tensor, many: list, ups: list, tried: list[Config], keep: int = 4) -> Config:
+    """The fastest for an input that is summed on the way: the sum costs each program, so that fewer pay."""
+    call = lambda config: lambda i: of_sum(x, many[i], ups[i], config)  # noqa: E731
+    quick = {c: microseconds([call(c)], len(many), 5)[0] for c in tried}
+    best = sorted(quick, key=lambda c: quick[c])[:keep]
+    times = microseconds([call(c) for c in best], len(many), 15)
+    print(f"  of a sum: {[(tuple(c), round(us, 2)) for c, us in zip(best, times, strict=True)]}", flush=True)
+    return min(zip(times, best, strict=True), key=lambda pair: pair[0])[1]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--shapes", nargs="*", default=None, help="K,N or K,Ng for a gated pair")
+    parser.add_argument("--tokens", type=int, nargs="*", default=list(BUCKETS))
     parser.add_argument("--workers", type=int, default=14)
     args = parser.parse_args()
     device = torch.cuda.get_device_name()
     shapes = [_shape(text) for text in args.shapes] if args.shapes else list(SHAPES)
-    compile_all(shapes, args.workers)
-    rows = []
+    cases = [(shape, tokens) for shape in shapes for tokens in buckets(shape) if tokens in args.tokens]
+    compile_all(cases, args.workers)
+    rows = {_place(row): row for row in table(device)}
     out = args.out or made_here(device)
     out.parent.mkdir(parents=True, exist_ok=True)
-    for shape, tokens in [(one, tokens) for one in shapes for tokens in buckets(one)]:
+    for shape, tokens in cases:
         row = measure(shape, tokens)
-        rows.append(row)
+        rows[_place(row)] = row
         chosen = "vendor" if row["config"] is None else tuple(row["config"])
         times = f"{row['us']:8.2f} us; vendor {row['vendor_us']:8.2f}, product alone {row['product_us']:8.2f}"
         print(f"{shape.kind} ({shape.k}, {shape.n}) x {tokens:3}: {times}  {chosen}", flush=True)
-        head = {"device": device, "torch": torch.__version__, "triton": triton.__version__}
-        out.write_text(json.dumps({**head, "measured": rows}, indent=1))
+        out.write_text(written(device, list(rows.values())))
+
+
+def written(device: str, rows: list[dict]) -> str:
+    """The table as JSON, a row a line."""
+    head = json.dumps({"device": device, "torch": torch.__version__, "triton": triton.__version__})
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    return f'{head[:-1]}, "measured": [\n{lines}\n]}}\n'
+
+
+def _place(row: dict) -> tuple:
+    return row["kind"], row["k"], row["n"], row["tokens"]
 
 
 def _shape(text: str) -> Shape:
