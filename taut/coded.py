@@ -15,7 +15,7 @@ BITS = {"int8": 8, "int4": 4}
 
 
 @dataclass(frozen=True)
-class Turned:
+class Turned(Value):
     """A matrix with its axes swapped."""
 
     x: Value
@@ -24,12 +24,9 @@ class Turned:
         turned = self.x.evaluate(read).mT
         return turned if rows is None else turned[rows]
 
-    def children(self) -> tuple[Value, ...]:
-        return (self.x,)
-
 
 @dataclass(frozen=True)
-class Codes:
+class Codes(Value):
     """The codes of a matrix (out, in) in so many bits, as `taut.ops._weights.quantize` stores them."""
 
     x: Value
@@ -38,12 +35,9 @@ class Codes:
     def evaluate(self, read: Read, rows: Rows = None) -> Tensor:
         return quantize(self.x.evaluate(read, rows), self.bits)[0].double()
 
-    def children(self) -> tuple[Value, ...]:
-        return (self.x,)
-
 
 @dataclass(frozen=True)
-class Scales:
+class Scales(Value):
     """The scales that belong to `Codes`."""
 
     x: Value
@@ -52,12 +46,9 @@ class Scales:
     def evaluate(self, read: Read, rows: Rows = None) -> Tensor:
         return quantize(self.x.evaluate(read, rows), self.bits)[1].double()
 
-    def children(self) -> tuple[Value, ...]:
-        return (self.x,)
-
 
 @dataclass(frozen=True)
-class Decoded:
+class Decoded(Value):
     """The matrix that codes and scales stand for."""
 
     codes: Value
@@ -68,12 +59,9 @@ class Decoded:
         codes = self.codes.evaluate(read, rows).to(STORED[self.bits][0])
         return dequantize(codes, self.scale.evaluate(read, rows), torch.float64)
 
-    def children(self) -> tuple[Value, ...]:
-        return (self.codes, self.scale)
-
 
 @dataclass(frozen=True)
-class Noisy:
+class Noisy(Value):
     """A matrix with an error drawn evenly from one step of its codes, independent of everything.
 
     Source: Bennett, Spectra of quantized signals, 1948, https://archive.org/details/bstj27-3-446: what rounding to so
@@ -89,9 +77,6 @@ class Noisy:
         generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()) + self.seed)
         noisy = with_noise(self.x.evaluate(read), self.bits, generator)
         return noisy if rows is None else noisy[rows]
-
-    def children(self) -> tuple[Value, ...]:
-        return (self.x,)
 
 
 STORED = {8: (torch.int8, torch.float32), 4: (torch.uint8, torch.float16)}

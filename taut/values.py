@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,15 +19,21 @@ Read = Callable[[str, Rows], Tensor]
 """Reads (some rows of) an original tensor by name, in any dtype."""
 
 
-class Value(Protocol):
-    """An expression; `rows` are along the first axis, None for all of them."""
+class Value:
+    """An expression: a frozen dataclass, whose fields hold what it is made of."""
 
-    def evaluate(self, read: Read, rows: Rows = None) -> Tensor: ...
-    def children(self) -> tuple[Value, ...]: ...
+    def evaluate(self, read: Read, rows: Rows = None) -> Tensor:
+        """In float64; `rows` are along the first axis, None for all of them."""
+        raise NotImplementedError
+
+    def children(self) -> tuple[Value, ...]:
+        """The values that it is made of."""
+        held = [item for field in vars(self).values() for item in (field if isinstance(field, tuple) else (field,))]
+        return tuple(item for item in held if isinstance(item, Value))
 
 
 @dataclass(frozen=True)
-class Original:
+class Original(Value):
     """The tensor as it stands in the checkpoint: a parameter, or a buffer such as a running mean."""
 
     name: str
@@ -36,12 +41,9 @@ class Original:
     def evaluate(self, read: Read, rows: Rows = None) -> Tensor:
         return read(self.name, rows).double()
 
-    def children(self) -> tuple[Value, ...]:
-        return ()
-
 
 @dataclass(frozen=True)
-class Filled:
+class Filled(Value):
     """A constant tensor."""
 
     shape: tuple[int, ...]
@@ -51,12 +53,9 @@ class Filled:
         whole = torch.full(self.shape, self.value, dtype=torch.float64)
         return whole if rows is None else whole[rows]
 
-    def children(self) -> tuple[Value, ...]:
-        return ()
-
 
 @dataclass(frozen=True)
-class Affine:
+class Affine(Value):
     """`scale * x + offset`: a gain as the model computes it from its parameter (`1 + w` has offset 1)."""
 
     x: Value
@@ -66,12 +65,9 @@ class Affine:
     def evaluate(self, read: Read, rows: Rows = None) -> Tensor:
         return self.x.evaluate(read, rows) * self.scale + self.offset
 
-    def children(self) -> tuple[Value, ...]:
-        return (self.x,)
-
 
 @dataclass(frozen=True)
-class Pick:
+class Pick(Value):
     """The elements of a small tensor, flattened, in the order in which a reader meets them."""
 
     x: Value
@@ -82,12 +78,9 @@ class Pick:
         picked = flat if self.order is None else flat[torch.tensor(self.order)]
         return picked if rows is None else picked[rows]
 
-    def children(self) -> tuple[Value, ...]:
-        return (self.x,)
-
 
 @dataclass(frozen=True)
-class Scaled:
+class Scaled(Value):
     """A tensor multiplied along one axis by a vector."""
 
     x: Value
@@ -99,12 +92,9 @@ class Scaled:
         by = self.by.evaluate(read, rows if self.axis == 0 else None)
         return x * by.view([-1 if a == self.axis else 1 for a in range(x.ndim)])
 
-    def children(self) -> tuple[Value, ...]:
-        return (self.x, self.by)
-
 
 @dataclass(frozen=True)
-class Shifted:
+class Shifted(Value):
     """`bias + weight . shift`, the contraction over `axis` and over the axes in `summed` (a convolution's window).
 
     `keep` is the axis of the weight that runs along the bias.
@@ -125,12 +115,9 @@ class Shifted:
         bias = self.bias.evaluate(read, rows)
         return bias + (moved if by_row or rows is None else moved[rows])
 
-    def children(self) -> tuple[Value, ...]:
-        return (self.bias, self.weight, self.shift)
-
 
 @dataclass(frozen=True)
-class Centred:
+class Centred(Value):
     """A tensor minus its mean along one axis."""
 
     x: Value
@@ -142,12 +129,9 @@ class Centred:
         x = self.x.evaluate(read, rows)
         return x - x.mean(self.axis, keepdim=True)
 
-    def children(self) -> tuple[Value, ...]:
-        return (self.x,)
-
 
 @dataclass(frozen=True)
-class Sum:
+class Sum(Value):
     """`x + factor * y`, of one shape."""
 
     x: Value
@@ -157,12 +141,9 @@ class Sum:
     def evaluate(self, read: Read, rows: Rows = None) -> Tensor:
         return self.x.evaluate(read, rows) + self.factor * self.y.evaluate(read, rows)
 
-    def children(self) -> tuple[Value, ...]:
-        return (self.x, self.y)
-
 
 @dataclass(frozen=True)
-class InverseRoot:
+class InverseRoot(Value):
     """`1 / sqrt(x + eps)`: what a variance divides by."""
 
     x: Value
@@ -171,12 +152,9 @@ class InverseRoot:
     def evaluate(self, read: Read, rows: Rows = None) -> Tensor:
         return (self.x.evaluate(read, rows) + self.eps).rsqrt()
 
-    def children(self) -> tuple[Value, ...]:
-        return (self.x,)
-
 
 @dataclass(frozen=True)
-class WithoutLast:
+class WithoutLast(Value):
     """A tensor without its last element along one axis; with `less`, that element is taken from each of the others."""
 
     x: Value
@@ -190,12 +168,9 @@ class WithoutLast:
         kept, last = x.split([x.shape[self.axis] - 1, 1], self.axis)
         return kept - last if self.less else kept
 
-    def children(self) -> tuple[Value, ...]:
-        return (self.x,)
-
 
 @dataclass(frozen=True)
-class Stacked:
+class Stacked(Value):
     """Tensors one below the other, along the first axis; `heights` are their sizes there."""
 
     parts: tuple[Value, ...]
@@ -210,9 +185,6 @@ class Stacked:
                 blocks.append(part.evaluate(read, inside))
             top += height
         return torch.cat(blocks)
-
-    def children(self) -> tuple[Value, ...]:
-        return self.parts
 
 
 def originals(value: Value) -> Iterator[str]:

@@ -59,7 +59,7 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Scale:
+class Scale(Value):
     """c for a norm: the power of two nearest to the inverse of `length`, at most one, a scalar."""
 
     kind: str
