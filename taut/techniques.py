@@ -1,13 +1,15 @@
-"""The catalogue: every op, rewrite and module with its source, read from the docstrings of their files."""
+"""The catalogue: every op, rewrite, module and other method with its source, read from the files' docstrings."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,13 +19,14 @@ from taut.catalogue import modules
 from taut.op import Op
 from taut.rewrite import Rewrite
 
-KINDS = {"rewrite": "Rewrites", "op": "Ops", "module": "Modules"}
+KINDS = {"rewrite": "Rewrites", "op": "Ops", "module": "Modules", "method": "Methods"}
 """The kinds of techniques with their headings, in the order in which they are listed."""
 
 
 @dataclass(frozen=True)
 class Technique:
-    """One technique; `source` and `differs` are as in its file's docstring. Modules of one file are one technique."""
+    """One technique; `source` and `differs` are as in its file's docstring. Modules of one file are one technique; a
+    file of functions alone (a number format, an analysis, an emulated unit) is a method."""
 
     kind: str
     name: str
@@ -39,20 +42,31 @@ class Technique:
 def catalogue() -> list[Technique]:
     """Every technique, by kind and name."""
     nn_folders = pkgutil.iter_modules(importlib.import_module("taut.nn").__path__)
-    folders = [f"taut.nn.{info.name}" for info in nn_folders if info.ispkg]
-    found = [t for folder in ("taut.ops", "taut.rewrites", *folders) for file in modules(folder) for t in _of(file)]
+    folders = ["taut.ops", "taut.rewrites", "taut.formats", "taut.nn"]
+    folders += [f"taut.nn.{info.name}" for info in nn_folders if info.ispkg]
+    files = [*(file for folder in folders for file in modules(folder)), *_sourced("taut")]
+    found = [technique for file in files for technique in _of(file)]
     order = list(KINDS)
     return sorted(found, key=lambda t: (order.index(t.kind), t.name.lower()))
 
 
+def _sourced(package: str) -> Iterator[ModuleType]:
+    """The files of a package's own folder that name a source; no other is imported."""
+    for info in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        found = importlib.util.find_spec(f"{package}.{info.name}")
+        if not info.ispkg and found and "\nSource: " in Path(str(found.origin)).read_text():
+            yield importlib.import_module(found.name)
+
+
 def _of(file: ModuleType) -> Iterator[Technique]:
-    """The techniques of one file: each of its rewrites and ops, and its modules together."""
+    """The techniques of one file: each of its rewrites and ops, and its modules together; else its functions."""
     summary = (file.__doc__ or "").strip().splitlines()[:1]
     source, differs = paragraph(file, "Source"), paragraph(file, "Differs")
     if not summary or not source:
         return
-    classes = []
+    classes, known = [], False
     for name, value in vars(file).items():
+        known |= isinstance(value, Rewrite) or (isinstance(value, Op) and value.__module__ == file.__name__)
         if isinstance(value, Rewrite):
             kept = f" on {value.promises}" if value.promises else ""
             yield Technique("rewrite", value.name, summary[0], source, differs, value.exactness.name + kept)
@@ -62,6 +76,8 @@ def _of(file: ModuleType) -> Iterator[Technique]:
             classes.append(name)
     if classes:
         yield Technique("module", ", ".join(classes), summary[0], source, differs)
+    elif not known:
+        yield Technique("method", file.__name__.rpartition(".")[2], summary[0], source, differs)
 
 
 def _is_own_module(file: ModuleType, name: str, value: Any) -> bool:

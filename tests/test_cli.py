@@ -536,7 +536,7 @@ def test_redundancy_refuses(model, tmp_path):
 
 def test_techniques():
     found = as_json("techniques")["techniques"]
-    assert {"rewrite", "op", "module"} == {row["kind"] for row in found}
+    assert {"rewrite", "op", "module", "method"} == {row["kind"] for row in found}
     assert all(row["source"] and row["summary"] for row in found)
     assert "fold_norm" in run("techniques").stdout
 

@@ -44,6 +44,17 @@ def attention(
 
 def exponentials(q, k, mask, scale, causal, softcap, window, sinks, alibi) -> tuple[Tensor, Tensor]:
     """Attention's weights before their division, (batch, heads, length, keys), and what divides them, (..., 1)."""
+    return _exponentials(scores_of(q, k, mask, scale, causal, softcap, window, alibi), sinks)
+
+
+def divided(scores: Tensor) -> Tensor:
+    """Softmax over the keys; zeros for a query that may look at none."""
+    weights, total = _exponentials(scores, None)
+    return weights / total
+
+
+def scores_of(q, k, mask, scale, causal, softcap, window, alibi) -> Tensor:
+    """What the softmax reads, (batch, heads, length, keys), in float32 or wider; -inf where a query may not look."""
     keys = wide(k).repeat_interleave(q.shape[1] // k.shape[1], 1)
     scores = wide(q) @ keys.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
@@ -53,7 +64,7 @@ def exponentials(q, k, mask, scale, causal, softcap, window, sinks, alibi) -> tu
         scores = scores - alibi[:, None, None] * ago
     if mask is not None and mask.dtype != torch.bool:
         scores = scores + mask
-    return _exponentials(scores.masked_fill(~_visible(ago, mask, causal, window), float("-inf")), sinks)
+    return scores.masked_fill(~_visible(ago, mask, causal, window), float("-inf"))
 
 
 def _positions_ago(length: int, keys: int, device: torch.device) -> Tensor:

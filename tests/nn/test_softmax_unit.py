@@ -54,6 +54,13 @@ def test_masked_scores_get_nothing():
     assert codes.sum() == 2**16
 
 
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_what_no_integer_holds_gives_nan(wrong):
+    y = softmax_q(torch.tensor([[1.0, wrong, 0.5], [1.0, 2.0, -torch.inf]]))
+    assert y[0].isnan().all()
+    assert y[1].sum() == 1
+
+
 @pytest.mark.slow
 def test_a_language_model_hardly_notices(layer_norm_lm):
     exact = math.exp(held_out_loss(layer_norm_lm))

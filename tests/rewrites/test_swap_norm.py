@@ -11,13 +11,17 @@ from twice import as_accurate
 from taut.demonstrate import DEMO
 from taut.lift import lift
 from taut.module import GraphModule
+from taut.nn.emulate.softmax import GuaranteedSoftmax
 from taut.nn.norm.guaranteed_layer_norm import GuaranteedLayerNorm
 from taut.nn.norm.iter_l2_norm import IterL2Norm
+from taut.nn.norm.light_norm import LightNorm2d, RangeBatchNorm2d
 from taut.nn.norm.mx import MXNorm
 from taut.nn.norm.rms_norm import RMSNorm
+from taut.ops.attention import attention
+from taut.ops.layer_norm import layer_norm
 from taut.ops.rms_norm import rms_norm
 from taut.quality import compare
-from taut.rewrites.swap_norm import swap_norm, swapping
+from taut.rewrites.swap_norm import SwappedSoftmax, swap_norm, swapping
 from taut.tracing import trace
 
 
@@ -32,10 +36,10 @@ def demo(name: str):
     return model, [ids], lift(trace(model, {"input_ids": ids}))
 
 
-def quality(name: str, factory):
-    """What swapping costs a demo model; its graph is traced once for all factories."""
+def quality(name: str, *swapped):
+    """What swapping costs a demo model; its graph is traced once for all."""
     model, batches, graph = demo(name)
-    return compare(model, GraphModule(swapping(factory).apply(graph)), batches)
+    return compare(model, GraphModule(swapping(*swapped).apply(graph)), batches)
 
 
 def test_an_exact_norm_costs_nothing():
@@ -79,6 +83,61 @@ def test_layer_norm_units():
     assert set(kinds) == {"layer_norm"}
     assert abs(five.perplexity_ratio - 1) <= 1e-3 < abs(two.perplexity_ratio - 1)
     assert five.kl < fixed.kl < two.kl
+
+
+def test_a_softmax_unit():
+    """The better its bits the less it costs, and what a sum that drifts costs is more than all of them."""
+    exact, wide, narrow, drifting = (
+        quality("model", None, unit)
+        for unit in (nn.Softmax(-1), GuaranteedSoftmax(16), GuaranteedSoftmax(8), GuaranteedSoftmax(8, guarantee=False))
+    )
+    assert exact.agreement == 1
+    assert exact.kl < wide.kl < narrow.kl < drifting.kl
+    assert abs(wide.perplexity_ratio - 1) <= 5e-3 < abs(drifting.perplexity_ratio - 1)
+
+
+def test_a_softmax_unit_sees_masks_windows_and_positions():
+    """Every score that attention hides is -inf to the unit, and softcap and slopes are in."""
+    shared = {"mask": torch.rand(2, 6, 5, 9) > 0.3, "softcap": 2.0, "window": 4, "alibi": torch.rand(6), "causal": True}
+    q, k, v = torch.randn(2, 6, 5, 16), torch.randn(2, 3, 9, 16), torch.randn(2, 3, 9, 24)
+    swapped = SwappedSoftmax(nn.Softmax(-1))
+    wide = shared | {"alibi": shared["alibi"].double()}
+    truth = attention.reference(q.double(), k.double(), v.double(), **wide)
+    assert as_accurate(swapped(q, k, v, **shared), attention.reference(q, k, v, **shared), truth)
+
+
+def test_a_sink_keeps_its_softmax():
+    sinks = torch.randn(6)
+    _, graph, _ = hand_made(lambda m, x: m.a(x), a=nn.LayerNorm(16))
+    (norm,) = graph.calls(layer_norm)
+    x = norm.args[0]
+    with graph.fx.inserting_before(norm):
+        node = graph.fx.call_function(attention, (x, x, x), {"sinks": sinks})
+    node.meta = {"where": "attention"}
+    sites = swapping(None, GuaranteedSoftmax()).find(graph)
+    assert [site.refused for site in sites] == ["a sink takes part in its softmax"]
+
+
+def test_batch_norms_take_the_models_statistics_gain_and_bias():
+    """The range norm's evaluation is a batch norm's; LightNorm's rounding is what it costs."""
+    from transformers import ResNetForImageClassification
+
+    from taut.shrink import example_inputs, tiny_model
+
+    model = tiny_model(ResNetForImageClassification)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.5, 0.5)
+            module.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 2)
+            nn.init.normal_(module.bias)
+    inputs = example_inputs(model)
+    exact, light = (swap_norm(model, batch_norm=kind) for kind in (RangeBatchNorm2d, LightNorm2d))
+    assert len(exact.norms) == len(light.norms) == 29
+    plain, got, rounded = (m(**inputs)["logits"].detach() for m in (model, exact, light))
+    truth = model.double()(**{name: x.double() for name, x in inputs.items()}).logits.detach()
+    assert as_accurate(got, plain, truth)
+    assert 1e-3 < (rounded - truth).norm() / truth.norm() < 0.3
 
 
 def test_only_the_norms_that_the_factory_answers_are_swapped():

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from taut.nn.emulate.fixed_point import Report, leading_one, report, shift
 
@@ -58,9 +58,23 @@ def _by_table(terms: Tensor, total: Tensor, bits: int, table: int) -> Tensor:
 
 
 def softmax_q(x: Tensor, bits: int = 16, table: int = 32, *, guarantee: bool = True) -> Tensor:
-    """Softmax of x [..., n] over the last axis by the unit, in x's dtype; no gradient."""
-    codes = softmax_codes(x.detach(), bits, table, guarantee=guarantee)
-    return (codes.double() * 2.0**-bits).to(x.dtype)
+    """Softmax of x [..., n] over the last axis by the unit, in x's dtype; no gradient. A row with NaN or infinity gives
+    NaN, since no integer holds them."""
+    x = x.detach()
+    wrong = (x.isnan() | x.isposinf()).any(-1, keepdim=True)
+    codes = softmax_codes(torch.where(wrong, 0, x), bits, table, guarantee=guarantee)
+    return (codes.double() * 2.0**-bits).masked_fill(wrong, torch.nan).to(x.dtype)
+
+
+class GuaranteedSoftmax(nn.Module):
+    """`softmax_q` as a module, to be put into a model by `taut.rewrites.swap_norm`."""
+
+    def __init__(self, bits: int = 16, table: int = 32, *, guarantee: bool = True) -> None:
+        super().__init__()
+        self.bits, self.table, self.guarantee = bits, table, guarantee
+
+    def forward(self, x: Tensor) -> Tensor:
+        return softmax_q(x, self.bits, self.table, guarantee=self.guarantee)
 
 
 def operations(n: int) -> dict[str, int]:

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from taut.ops.async_attention import async_attention as async_attention_op
+
 
 class Window(NamedTuple):
     """Scores in [low, high] are safe; `phi` is subtracted from them before the exponential."""
@@ -40,22 +42,13 @@ def calibrate(scores: Iterable[Tensor], coverage: float = 0.9999, margin: float 
 def async_attention(
     q: Tensor, k: Tensor, v: Tensor, window: Window, *, mask: Tensor | None = None, splits: int = 4
 ) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T / sqrt(d)) v for q [..., M, d], k [..., N, d], v [..., N, dv], the keys cut into `splits` parts.
+    """softmax(q k^T / sqrt(d)) v for q [batch, heads, M, d], k [batch, heads, N, d], v [batch, heads, N, dv], the keys
+    cut into `splits` parts; see the op.
 
-    `mask`: bool [..., M, N], True where a query may look. Returns the output and, bool [..., M], which rows left the
-    window and were computed by ordinary softmax instead.
+    `mask`: bool [..., M, N], True where a query may look. Returns the output and, bool [batch, heads, M], which rows
+    left the window and were computed by ordinary softmax instead.
     """
-    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-    allowed = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask.expand_as(scores)
-    left = (allowed & ~((scores > window.low) & (scores < window.high))).any(-1)
-    weights = (scores - window.phi).exp().masked_fill(~allowed, 0.0)
-    parts = zip(weights.tensor_split(splits, -1), v.tensor_split(splits, -2), strict=True)
-    sums = [(w @ values, w.sum(-1, keepdim=True)) for w, values in parts]
-    output = torch.stack([s[0] for s in sums]).sum(0) / torch.stack([s[1] for s in sums]).sum(0)
-    if not left.any():
-        return output, left
-    exact = scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ v
-    return torch.where(left[..., None], exact, output), left
+    return async_attention_op(q, k, v, *window, mask=mask, splits=splits)
 
 
 def flat_intensity(rows: int, k: int, tile_n: int) -> float:
