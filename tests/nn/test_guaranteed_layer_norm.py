@@ -52,6 +52,16 @@ def test_refuses_what_would_overflow(d, bits):
         layer_norm_codes(torch.ones(d), bits)
 
 
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_what_no_integer_holds_gives_nan(wrong):
+    x = torch.randn(2, 64)
+    norm = GuaranteedLayerNorm((64,))
+    want = norm(x)
+    x[0, 5] = wrong
+    assert norm(x)[0].isnan().all()
+    assert torch.equal(norm(x)[1], want[1])
+
+
 @pytest.mark.slow
 def test_a_language_model_hardly_notices(layer_norm_lm):
     def replaced(norm):

@@ -101,6 +101,11 @@ def test_refuses_widths_that_leave_part_of_a_block():
         MXNorm(48)
 
 
+def test_refuses_an_unknown_estimate():
+    with pytest.raises(ValueError, match="blocks or exact, not 'exactly'"):
+        MXNorm(64, estimate="exactly")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", [MXFP8, MXFP4, NVFP4()], ids=str)
 def test_compiled_for_a_gpu_it_is_the_plain_norm(form):

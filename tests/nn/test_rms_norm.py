@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from twice import as_accurate
 
 from taut.nn.norm.rms_norm import RMSNorm
 
@@ -39,6 +40,44 @@ def test_is_torch_rms_norm():
     weight = torch.randn(64, dtype=torch.float64)
     got = with_weight(RMSNorm(64, 1e-6, order="gain_then_cast"), weight)(x)
     torch.testing.assert_close(got, F.rms_norm(x, (64,), weight, 1e-6), rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [{}, {"eps": 1e-3}, {"elementwise_affine": False}, {"eps": None, "elementwise_affine": True}], ids=str
+)
+def test_stands_in_for_torch_s_with_its_arguments_and_its_weights(arguments, dtype):
+    torch.manual_seed(0)
+    theirs = torch.nn.RMSNorm((64,), **arguments, device="cpu", dtype=dtype)
+    ours = RMSNorm((64,), **{"eps": None} | arguments, order="gain_then_cast", device="cpu", dtype=dtype)
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter)
+    ours.load_state_dict(theirs.state_dict())
+    x = 1e-3 * torch.randn(8, 64)  # small enough for epsilon to show
+    truth = theirs.double()(x.to(dtype).double()) if arguments.get("eps") else None
+    got, want = ours(x.to(dtype)), theirs.to(dtype)(x.to(dtype))
+    assert got.dtype == dtype
+    assert torch.equal(got, want) if truth is None else as_accurate(got, want, truth)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"d": (4, 16)}, "flatten them first"),
+        ({"d": 64, "order": "gain_first"}, "cast_then_gain or gain_then_cast"),
+        ({"d": 64, "eps_mode": "on top"}, "inside or outside"),
+        ({"d": 64, "gain": "two"}, "plain or one_plus or none"),
+    ],
+)
+def test_refuses_what_it_does_not_know(arguments, reason):
+    with pytest.raises(ValueError, match=reason):
+        RMSNorm(**arguments)
+
+
+@pytest.mark.parametrize("options", [{}, {"gain": "none"}, {"partial": 0.25, "gain": "none"}], ids=str)
+def test_refuses_inputs_of_another_width(options):
+    with pytest.raises(ValueError, match="of 64 features, and x has 63"):
+        RMSNorm(64, **options)(torch.randn(2, 63))
 
 
 def test_epsilon_outside_the_root():

@@ -11,7 +11,7 @@ Differs: the paper's widths and steps were not at hand, so these are ours: 24-bi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from taut.nn.emulate.fixed_point import (
     shift,
     shift_round,
 )
+from taut.nn.norm._arguments import width
 
 INPUT_BITS = 24
 CENTRED_BITS = 20
@@ -91,19 +92,24 @@ def study(x: Tensor, fraction_bits: int = 8, steps: int = 2, *, guarantee: bool 
 
 class GuaranteedLayerNorm(nn.Module):
     """Layer normalisation of x [..., d] by the unit, then weight and bias; drop-in for `torch.nn.LayerNorm(d)` in
-    evaluation: no gradient passes to x."""
+    evaluation: no gradient passes to x. A row that is not finite, which no integer holds, gives NaN."""
 
     exact_gradient = False
 
-    def __init__(self, d: int, *, fraction_bits: int = 8, steps: int = 2, guarantee: bool = True) -> None:
+    def __init__(
+        self, d: int | Sequence[int], *, fraction_bits: int = 8, steps: int = 2, guarantee: bool = True
+    ) -> None:
         super().__init__()
         self.fraction_bits, self.steps, self.guarantee = fraction_bits, steps, guarantee
-        self.weight = nn.Parameter(torch.ones(d))
-        self.bias = nn.Parameter(torch.zeros(d))
+        self.weight = nn.Parameter(torch.ones(width(d)))
+        self.bias = nn.Parameter(torch.zeros(width(d)))
 
     def forward(self, x: Tensor) -> Tensor:
-        codes = layer_norm_codes(x.detach(), self.fraction_bits, self.steps, guarantee=self.guarantee)
-        return torch.addcmul(self.bias, from_fixed(codes, self.fraction_bits, x.dtype), self.weight)
+        finite = x.detach().isfinite().all(-1, keepdim=True)
+        rows = torch.where(finite, x.detach(), 0)
+        codes = layer_norm_codes(rows, self.fraction_bits, self.steps, guarantee=self.guarantee)
+        y = from_fixed(codes, self.fraction_bits, x.dtype).masked_fill(~finite, torch.nan)
+        return torch.addcmul(self.bias, y, self.weight)
 
 
 def cases(make) -> Iterator[tuple[nn.Module, tuple]]:

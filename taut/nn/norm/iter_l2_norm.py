@@ -12,7 +12,7 @@ Differs: the update's constants are ours, as the paper's were not at hand. With 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from taut.formats.minifloat import power_of_two
 from taut.nn.emulate.fixed_point import Report, report
+from taut.nn.norm._arguments import width
 
 Scheme = Literal["newton", "flow", "fast_inverse"]
 MAGIC = 0x5F3759DF
@@ -87,13 +88,19 @@ class IterL2Norm(nn.Module):
     exact_gradient = False
 
     def __init__(
-        self, d: int, eps: float = 1e-5, *, steps: int = 5, scheme: Scheme = "newton", dtype: torch.dtype | None = None
+        self,
+        d: int | Sequence[int],
+        eps: float = 1e-5,
+        *,
+        steps: int = 5,
+        scheme: Scheme = "newton",
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.d, self.eps, self.steps, self.dtype = d, eps, steps, dtype
+        self.d, self.eps, self.steps, self.dtype = width(d), eps, steps, dtype
         self.scheme: Scheme = scheme
-        self.weight = nn.Parameter(torch.ones(d))
-        self.bias = nn.Parameter(torch.zeros(d))
+        self.weight = nn.Parameter(torch.ones(self.d))
+        self.bias = nn.Parameter(torch.zeros(self.d))
 
     def normalised(self, x: Tensor) -> Tensor:
         """y before weight and bias, in the dtype of the arithmetic."""

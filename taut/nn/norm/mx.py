@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from taut.formats.microscaling import MXFP4, MXFP6, MXFP8, BlockFormat, Blocks, in_blocks
 from taut.formats.nvfp4 import NVFP4
+from taut.nn.norm._arguments import check_choice
 from taut.nn.norm._precision import wide
 
 
@@ -81,6 +82,7 @@ class MXNorm(nn.Module):
         super().__init__()
         if d % form.block:
             raise ValueError(f"{d} features do not divide into blocks of {form.block}; choose a d that does")
+        check_choice("estimate", estimate, ("blocks", "exact"))
         self.d, self.eps, self.p, self.form, self.estimate = d, eps, p, form, estimate
         self.register_buffer("c", torch.tensor(gaussian_constant(p, form.block)))
 

@@ -7,12 +7,13 @@ Differs: the authors' code adds epsilon (1e-8) to the root, Llama and its descen
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from taut.nn.norm._arguments import check_choice, width
 from taut.nn.norm._precision import wide
 
 
@@ -21,37 +22,47 @@ class RMSNorm(nn.Module):
 
     `gain`: "plain" multiplies by `weight`, "one_plus" by 1 + `weight`, "none" has no parameter (FlashNorm's weightless
     form). `order`: whether the normalised value is cast to x's dtype before the gain is multiplied in. `partial`: the
-    share of leading features that the RMS is taken over (pRMSNorm: 0.0625); it divides all of them.
-    `torch.nn.RMSNorm` is this with order="gain_then_cast". Raises ValueError where `partial` leaves no feature.
+    share of leading features that the RMS is taken over (pRMSNorm: 0.0625); it divides all of them. `eps` None is the
+    epsilon of the dtype of the statistics. `torch.nn.RMSNorm(d)`, whose arguments it takes, is this with
+    order="gain_then_cast" and eps=None. Raises ValueError where `partial` leaves no feature, for a shape d of several
+    axes, and for an x that has not d features.
     """
 
     weight: nn.Parameter | None
 
     def __init__(
         self,
-        d: int,
-        eps: float = 1e-6,
+        d: int | Sequence[int],
+        eps: float | None = 1e-6,
+        elementwise_affine: bool = True,
         *,
         eps_mode: Literal["inside", "outside"] = "inside",
         gain: Literal["plain", "one_plus", "none"] = "plain",
         order: Literal["cast_then_gain", "gain_then_cast"] = "cast_then_gain",
         partial: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_choice("eps_mode", eps_mode, ("inside", "outside"))
+        check_choice("gain", gain, ("plain", "one_plus", "none"))
+        check_choice("order", order, ("cast_then_gain", "gain_then_cast"))
+        d, gain = width(d), gain if elementwise_affine else "none"
         self.d, self.eps, self.eps_mode, self.gain, self.order = d, eps, eps_mode, gain, order
         self.measured = int(d * partial)
         if not 0 < self.measured <= d:
             raise ValueError(f"partial={partial} of {d} features is {self.measured}; it must leave 1 to {d} of them")
-        start = {"plain": torch.ones, "one_plus": torch.zeros}
-        self.register_parameter("weight", nn.Parameter(start[gain](d)) if gain != "none" else None)
+        start = torch.full((d,), 1.0 if gain == "plain" else 0.0, device=device, dtype=dtype)
+        self.register_parameter("weight", nn.Parameter(start) if gain != "none" else None)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.d:
+            raise ValueError(f"the norm is of {self.d} features, and x has {x.shape[-1]}")
         a = wide(x)
+        eps = torch.finfo(a.dtype).eps if self.eps is None else self.eps
         mean_square = a[..., : self.measured].pow(2).mean(-1, keepdim=True)
-        if self.eps_mode == "inside":
-            y = a * torch.rsqrt(mean_square + self.eps)
-        else:
-            y = a / (mean_square.sqrt() + self.eps)
+        inside = self.eps_mode == "inside"
+        y = a * torch.rsqrt(mean_square + eps) if inside else a / (mean_square.sqrt() + eps)
         if self.weight is None:
             return y.to(x.dtype)
         if self.order == "cast_then_gain":

@@ -6,7 +6,7 @@ Differs: epsilon stands inside the root as in the authors' code; the paper write
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
@@ -16,7 +16,7 @@ from taut.nn.norm.rms_norm import RMSNorm
 class SimpleRMSNorm(RMSNorm):
     """y = sqrt(d) x / ||x|| over the last axis, for x [..., d]; no parameters."""
 
-    def __init__(self, d: int, eps: float = 1e-6) -> None:
+    def __init__(self, d: int | Sequence[int], eps: float = 1e-6) -> None:
         super().__init__(d, eps, gain="none")
 
 
