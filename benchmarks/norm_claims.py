@@ -5,7 +5,10 @@
 - MXNorm and 8-bit rows: norm and quantizer as one kernel against a compiled norm and a compiled quantizer, and against
   both compiled together; for 8-bit rows also with the product behind them.
 - LayerNorm against RMSNorm, both compiled.
-- RMSNorm forward and backward against Liger's kernels, where these are installed.
+- RMSNorm forward and backward against Liger's kernels, where these are installed; backward also with other numbers of
+  programs a multiprocessor and of rows on their way than the kernel takes by itself.
+- LayerNorm and the linear layer behind it as one kernel, against both compiled, with gain and bias and without.
+- RMSNorm and the linear layer behind it, at the widths of the published check.
 - FlashNorm's own protocol (norm, then project, float16): an unfused norm as in its notebook, a compiled one, and its
   deferred form on two streams, called one by one and as CUDA graphs.
 
@@ -25,11 +28,16 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
+from norm_project import row as project_row
 from torch import Tensor
 
+from taut import machine
 from taut.formats.microscaling import in_blocks
 from taut.nn.norm.mx import gaussian_constant
+from taut.ops._triton import grads
 from taut.ops._triton.timing import copies_for, microseconds
+from taut.ops._triton.tune import Shape
+from taut.ops.layer_norm_linear import layer_norm_linear
 from taut.ops.mx_norm import mx_norm
 from taut.ops.norm_fp8 import norm_fp8
 from taut.ops.rms_norm import rms_norm
@@ -157,6 +165,13 @@ def rms_row(tokens: int, d: int, peer: ModuleType | None) -> dict:
     backward: dict[str, Callable[[int], object]] = {
         "taut": lambda i: rms_norm_grad(ds[i], xs[i], gain, EPS, impl="triton")
     }
+    processors, chosen = torch.cuda.get_device_properties(0).multi_processor_count, grads.fitting(d)
+    for programs, stages in itertools.product((1, 2, 4), (1, 2, 3)):
+        config = chosen._replace(programs=programs, stages=stages)
+        if config != chosen:
+            backward[f"taut, {programs} programs, {stages} stages"] = lambda i, config=config: grads.rms_norm_grad(
+                ds[i], xs[i], gain, torch.empty_like(xs[i]), EPS, processors, config
+            )
     if peer is not None:
         saved = [peer.rms_norm_forward(x, gain, EPS, 0.0, "llama", None) for x in xs]
         block, warps, mode = saved[0][3:]
@@ -177,6 +192,51 @@ def rms_rows() -> list[dict]:
     for d, tokens in itertools.product((2048, 8192), (1024, 16384)):
         rows.append(rms_row(tokens, d, peer))
         print("rms", rows[-1], flush=True)
+    return rows
+
+
+def layer_norm_linear_row(k: int, n: int, tokens: int) -> dict:
+    """Each call on a weight of its own from memory. Parity first: at most twice the error of plain code."""
+    torch._dynamo.reset()
+    copies = copies_for(2 * n * k, least=4, most=64)
+    gain, shift, bias = (torch.rand(size, device="cuda").bfloat16() for size in (k, k, n))
+    x = torch.randn(tokens, k, device="cuda").bfloat16()
+    weights = [(torch.randn(n, k, device="cuda") / k**0.5).bfloat16() for _ in range(copies)]
+    sums = [w.sum(1, dtype=torch.float32) for w in weights]
+    whole = compiled(lambda x, w: F.linear(F.layer_norm(x, x.shape[-1:], gain, shift), w, bias))
+    folded = compiled(lambda x, w: F.linear(F.layer_norm(x, x.shape[-1:]), w, bias))
+    truth = layer_norm_linear.reference(x.double(), weights[0].double(), bias.double())
+    y = layer_norm_linear(x, weights[0], bias, sums=sums[0], impl="triton")
+    errors = [((t.double() - truth).norm() / truth.norm()).item() for t in (y, folded(x, weights[0]))]
+    assert errors[0] <= 2 * errors[1], errors
+    ways = {
+        "one kernel": lambda i: layer_norm_linear(x, weights[i], bias, sums=sums[i], impl="triton"),
+        "compiled": lambda i: whole(x, weights[i]),
+        "compiled, folded": lambda i: folded(x, weights[i]),
+        "product": lambda i: F.linear(x, weights[i], bias),
+    }
+    us = dict(zip(ways, (round(t, 2) for t in microseconds(list(ways.values()), copies, 15)), strict=True))
+    gain_over = round(min(us["compiled"], us["compiled, folded"]) / us["one kernel"], 3)
+    return {"k": k, "n": n, "tokens": tokens, "us": us, "errors": errors, "gain": gain_over}
+
+
+def layer_norm_linear_rows() -> list[dict]:
+    rows = []
+    for (k, n), tokens in itertools.product(((768, 2304), (768, 3072), (2560, 7680), (4096, 16384)), (1, 16, 64)):
+        rows.append(layer_norm_linear_row(k, n, tokens))
+        print("layer_norm_linear", rows[-1], flush=True)
+    return rows
+
+
+def project_rows() -> list[dict]:
+    """The check: never slower than the best peer, 1.15 times as fast at up to 64 tokens on the first two."""
+    rows, device = [], machine.load("h200-sxm")
+    for shape in (Shape(576, 960), Shape(2048, 3072), Shape(4096, 6144), Shape(8192, 10240)):
+        for tokens in (1, 16, 64, 256, 1024, 4096):
+            found = project_row(shape, tokens, device)
+            best = min(found["us"]["torch"], found["us"]["compiled"])
+            rows.append(found | {"gain": round(best / found["us"]["taut"], 3)})
+            print("norm_project", rows[-1], flush=True)
     return rows
 
 
@@ -241,6 +301,8 @@ PARTS = {
     "mx_norm": mx_rows,
     "norm_fp8": fp8_rows,
     "layer_norm": layer_rows,
+    "layer_norm_linear": layer_norm_linear_rows,
+    "norm_project": project_rows,
     "flash_norm": flash_rows,
 }
 

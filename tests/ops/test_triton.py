@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from taut.ops.add_rms_norm import add_rms_norm
 from taut.ops.decode_attention import decode_attention
+from taut.ops.layer_norm_linear import layer_norm_linear
 from taut.ops.linear_residual import linear_residual
 from taut.ops.norm_glu import norm_glu
 from taut.ops.norm_linear import norm_linear
@@ -42,13 +44,14 @@ def cases(device: str) -> list[tuple[str, float, float]]:
         ("linear", 7),
         ("norm_glu", 14),
         ("summed", 4),
+        ("layer_norm_linear", 28),
         ("row_squares", 1),
         ("norm_rows", 1),
         ("add_norm_rows", 1),
         ("add_rows", 1),
         ("glu_rows", 2),
         ("rope_append", 2),
-        ("norm_slopes", 4),
+        ("norm_slopes", 8),
         ("glu_slopes", 16),
         ("decode", 9),
         ("sample", 6),
@@ -120,6 +123,7 @@ def test_ops_on_a_gpu_are_as_accurate_as_torch(tokens: int):
         (norm_linear, (x, weight, gain), unfused_linear),
         (norm_glu, (x, weight, up), unfused_glu),
         (norm_glu, (x, weight, up, gain), unfused_glu),
+        (layer_norm_linear, (x, weight), lambda x, weight: F.linear(F.layer_norm(x, (576,)), weight)),
         (linear_residual, (x, weight, residual), lambda x, weight, residual: F.linear(x, weight) + residual),
         (rms_norm, (x, gain), lambda x, gain: F.rms_norm(x, (576,), gain, 1e-6)),
         (add_rms_norm, (x, x.flip(0), gain), lambda x, y, gain: F.rms_norm(x + y, (576,), gain, 1e-6)),
@@ -183,6 +187,54 @@ def test_products_of_any_size_on_a_gpu(tokens: int, k: int, n: int, dtype: torch
         gated = norm_glu.reference(x.double(), weight.double(), up.double(), None, 1e-5)
         plainly = norm_glu(x, weight, up, None, 1e-5, impl="torch")
         assert (y.double() - gated).norm() <= 2 * (plainly.double() - gated).norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mean", [0, 30])
+@pytest.mark.parametrize(
+    ("tokens", "k", "n"), [(1, 77, 30), (1, 4104, 33), (3, 72, 50), (16, 1001, 130), (50, 520, 77)]
+)
+def test_products_behind_a_layer_norm_on_a_gpu(tokens: int, k: int, n: int, mean: int):
+    from taut.ops._triton.centred import project
+    from taut.ops._triton.launch import Config
+
+    torch.manual_seed(0)
+    x, weight, bias, residual = (
+        torch.randn(*size, device="cuda").bfloat16() for size in ((tokens, k), (n, k), (n,), (tokens, n))
+    )
+    args = x + mean, weight, bias, 1e-5, residual
+    truth = layer_norm_linear.reference(*(a.double() if isinstance(a, Tensor) else a for a in args))
+    plain = layer_norm_linear(*args, impl="torch")
+    few = [Config(2, 0, 1024, 1, 1, 2), Config(16, 0, 512, 1, 1, 8, 128)]
+    many = [Config(64, 16, 64, 4, 3, 4, 512), Config(64, 64, 128, 2, 4), Config(128, 64, 64, 1, 4)]
+    for config, sums in itertools.product(few if tokens == 1 else many, (None, weight.float().sum(1))):
+        y, again = (
+            project(
+                args[0], weight, torch.full_like(residual, torch.nan), config, sums=sums, bias=bias, residual=residual
+            )
+            for _ in range(2)
+        )
+        assert torch.equal(y, again)
+        assert (y.double() - truth).norm() <= 2 * (plain.double() - truth).norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("tokens", "d"), [(1, 576), (30, 2048), (1024, 2048), (1024, 8192), (40, 12288), (700, 16384)])
+def test_the_gradient_of_a_norm_on_a_gpu(tokens: int, d: int):
+    """Also with every number of programs and of rows on their way that the benchmark tries."""
+    from taut.ops._triton.grads import Slopes, fitting, rms_norm_grad
+
+    torch.manual_seed(0)
+    dy, x, gain = (torch.randn(*size, device="cuda").bfloat16() for size in ((tokens, d), (tokens, d), (d,)))
+    wide = [t.double().requires_grad_() for t in (x, gain)]
+    truth = torch.autograd.grad(F.rms_norm(wide[0], (d,), wide[1], 1e-6), wide, dy.double())
+    narrow = [t.clone().requires_grad_() for t in (x, gain)]
+    plain = torch.autograd.grad(F.rms_norm(narrow[0], (d,), narrow[1], 1e-6), narrow, dy)
+    for config in (fitting(d), *(fitting(d)._replace(programs=p, stages=s) for p in (1, 2) for s in (1, 2))):
+        assert isinstance(config, Slopes)
+        found = rms_norm_grad(dy, x, gain, torch.full_like(x, torch.nan), 1e-6, 132, config)
+        for y, p, t in zip(found, plain, truth, strict=True):
+            assert (y.double() - t).norm() <= 2 * (p.double() - t).norm()
 
 
 @pytest.mark.gpu

@@ -7,6 +7,7 @@ bfloat16, and truncates where it stores it. Outputs are NaN before.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from taut.nn import sampling
 from taut.ops._activation import ACTIVATIONS
 from taut.ops._triton import grads
+from taut.ops._triton.centred import project as layer_norm_project
 from taut.ops._triton.heads import rope_append
 from taut.ops._triton.launch import Attention, Config, argmax_lm_head, decode_attention, project, sample_lm_head
 from taut.ops._triton.read import read
@@ -23,6 +25,7 @@ from taut.ops._triton.rows import add_norm_rows, add_rows, argmax_rows, glu_rows
 from taut.ops.add_rms_norm import add_rms_norm
 from taut.ops.decode_attention import decode_attention as attention
 from taut.ops.glu_grad import glu_grad
+from taut.ops.layer_norm_linear import layer_norm_linear
 from taut.ops.linear import linear
 from taut.ops.norm_glu import norm_glu
 from taut.ops.norm_linear import norm_linear
@@ -89,6 +92,19 @@ def summed() -> Iterator[Case]:
         yield f"summed {tokens}x{k}x{n}", y, norm_linear.reference(*widened(args)), norm_linear.reference(*args)
 
 
+def centred() -> Iterator[Case]:
+    """Behind a LayerNorm, of inputs around zero and of some whose mean is a hundred deviations."""
+    for (tokens, k, n, config), mean in itertools.product(PRODUCTS, (0, 100)):
+        x, weight = with_gaps(make(tokens, k) + mean), with_gaps(make(n, k))
+        bias, residual = make(n), make(tokens, n)
+        args = x, weight, bias, 1e-2, residual
+        truth, plain = layer_norm_linear.reference(*widened(args)), layer_norm_linear(*args, impl="torch")
+        for sums in (None, weight.float().sum(1)):
+            y = poisoned(tokens, n)
+            layer_norm_project(x, weight, y, config, sums=sums, bias=bias, residual=residual, eps=1e-2)
+            yield f"layer_norm_linear {tokens}x{k}x{n} {mean}", y, truth, plain
+
+
 def rows() -> Iterator[Case]:
     y = make(3, 300)
     yield "row_squares", row_squares(y), y.double().square().sum(-1, keepdim=True), y.square().sum(-1, keepdim=True)
@@ -143,9 +159,9 @@ def _turned(stream: Tensor, weight: Tensor, angles: Tensor, d: int, turning: int
 
 
 def slopes() -> Iterator[Case]:
-    for tokens, k in ((1, 77), (40, 130)):
+    for tokens, k, config in ((1, 77, None), (40, 130, None), (70, 33, grads.Slopes(1, 3, 2)), (9, 9000, None)):
         args = with_gaps(make(tokens, k)), with_gaps(make(tokens, k)), make(k)
-        found = grads.rms_norm_grad(*args, poisoned(tokens, k), 1e-2, 3)
+        found = grads.rms_norm_grad(*args, poisoned(tokens, k), 1e-2, 3, config)
         truth, plain = rms_norm_grad.reference(*widened(args), 1e-2), rms_norm_grad.reference(*args, 1e-2)
         for i, name in enumerate(("dx", "dgain")):
             yield f"norm_slopes {name}", found[i], truth[i], plain[i]
@@ -235,6 +251,6 @@ def reading() -> Iterator[Case]:
 if __name__ == "__main__":
     torch.set_default_device(sys.argv[1] if len(sys.argv) > 1 else "cpu")
     torch.manual_seed(0)
-    for part in (products, summed, rows, turning, slopes, decoding, draws, kept, reading):
+    for part in (products, summed, centred, rows, turning, slopes, decoding, draws, kept, reading):
         for case in part():
             report(*case)

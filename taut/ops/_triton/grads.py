@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -12,11 +14,40 @@ from taut.ops._triton.products import activate
 from taut.ops._triton.start import interpreted, options
 
 
+class Slopes(NamedTuple):
+    """Programs a multiprocessor, rows that are on their way, and warps of the kernel of a norm's gradient."""
+
+    programs: int = 4
+    stages: int = 1
+    warps: int = 8
+
+
+def fitting(k: int) -> Slopes:
+    """Many programs hide one another's waits as long as their rows fit the registers; a wide row fits one program,
+    whose next rows are then fetched while it works. Every program also writes a float32 row of sums."""
+    block = triton.next_power_of_2(k)
+    programs, warps = max(1, min(4, 8192 // block)), max(1, min(16, block // 256))
+    return Slopes(programs, 1 if programs > 1 else 3 if block <= 8192 else 2, warps)
+
+
 @triton.jit
 def norm_slopes(
-    dy, x, gain, dx, dgain, tokens, k, dy_stride, x_stride, eps, PARTS, BK: tl.constexpr, PDL: tl.constexpr
+    dy,
+    x,
+    gain,
+    dx,
+    partial,
+    tokens,
+    k,
+    dy_stride,
+    x_stride,
+    eps,
+    PARTS,
+    BK: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Rows g, g + PARTS, ... of dx, and their sum for the gain into row g of `dgain`, float32 [PARTS, k]."""
+    """Rows g, g + PARTS, ... of dx, and their sum for the gain into row g of `partial`, float32 [PARTS, k]."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -24,7 +55,7 @@ def norm_slopes(
     seen = cols < k
     scale = tl.load(gain + cols, mask=seen, other=0).to(tl.float32)
     sums = tl.zeros([BK], tl.float32)
-    for row in range(tl.program_id(0), tokens, PARTS):
+    for row in tl.range(tl.program_id(0), tokens, PARTS, num_stages=STAGES):
         far = tl.cast(row, tl.int64)
         v = tl.load(x + far * x_stride + cols, mask=seen, other=0).to(tl.float32)
         d = tl.load(dy + far * dy_stride + cols, mask=seen, other=0).to(tl.float32)
@@ -34,21 +65,41 @@ def norm_slopes(
         d *= scale
         slope = inv * (d - v * (tl.sum(d * v, 0) / k))
         tl.store(dx + far * k + cols, slope.to(dx.dtype.element_ty), mask=seen)
-    tl.store(dgain + tl.program_id(0).to(tl.int64) * k + cols, sums, mask=seen)
+    tl.store(partial + tl.program_id(0).to(tl.int64) * k + cols, sums, mask=seen)
+
+
+@triton.jit
+def gain_slopes(partial, dgain, k, PARTS, BP: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr):
+    """The sum over all rows of `partial`, BN features a program and always in the same order."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    cols = tl.program_id(0) * BN + tl.arange(0, BN)
+    sums = tl.zeros([BP, BN], tl.float32)
+    for first in range(0, PARTS, BP):
+        rows = first + tl.arange(0, BP)
+        live = (rows < PARTS)[:, None] & (cols < k)[None, :]
+        sums += tl.load(partial + rows.to(tl.int64)[:, None] * k + cols[None, :], mask=live, other=0)
+    tl.store(dgain + cols, tl.sum(sums, 0).to(dgain.dtype.element_ty), mask=cols < k)
 
 
 def rms_norm_grad(
-    dy: Tensor, x: Tensor, gain: Tensor, dx: Tensor, eps: float, processors: int
+    dy: Tensor, x: Tensor, gain: Tensor, dx: Tensor, eps: float, processors: int, config: Slopes | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Write the gradient to x [tokens, k] of rms_norm into a contiguous dx; return it and the gain's, float32 [k]."""
+    """Write the gradient to x [tokens, k] of rms_norm into a contiguous dx; return it and the gain's, of its dtype."""
     pdl, (tokens, k) = not interpreted(), x.shape
-    parts = min(tokens, 4 * processors)
-    dgain = torch.empty(parts, k, dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(k)
+    config = config or fitting(k)
+    # A row of sums is as much to move as one and a third of the rows of dx: with four of these a program it is a third.
+    parts = min(tokens, max(processors, min(config.programs * processors, tokens // 4)))
+    partial = torch.empty(parts, k, dtype=torch.float32, device=x.device)
+    dgain = torch.empty(k, dtype=gain.dtype, device=x.device)
     sizes = tokens, k, dy.stride(0), x.stride(0), eps, parts
-    warps = max(1, min(16, block // 256))
-    norm_slopes[(parts,)](dy, x, gain, dx, dgain, *sizes, block, pdl, **options(warps, pdl=pdl))
-    return dx, dgain.sum(0)
+    norm_slopes[(parts,)](
+        *(dy, x, gain, dx, partial, *sizes, triton.next_power_of_2(k), config.stages, pdl),
+        **options(config.warps, pdl=pdl),
+    )
+    gain_slopes[(triton.cdiv(k, 32),)](partial, dgain, k, parts, 64, 32, pdl, **options(pdl=pdl))
+    return dx, dgain
 
 
 @triton.jit
