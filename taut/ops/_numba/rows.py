@@ -36,6 +36,8 @@ ROWS, CHAINS, STEP = 4, 2, 64
 """Rows of a tile, vectors in which a product is collected by turns, and inputs that are taken at once."""
 AHEAD, LINE = 8192, 64
 """How far ahead to ask for memory, in bytes: the hardware alone loses the stream at the end of every page."""
+READ, SECOND_LEVEL, DATA = 0, 2, 1
+"""Arguments of LLVM's prefetch."""
 FLOAT32, BFLOAT16, FLOAT16, INT8, INT4_HALF, INT4_FLOAT = range(6)
 """Formats of a weight: three floating ones, int8 with a float32 scale a row, int4 with a scale a group of 32."""
 MANY = 4
@@ -71,12 +73,12 @@ def load_first(builder: Any, address: Any, kind: ir.Type, lanes: int, count: Any
     return builder.call(read, [place, ir.Constant(INT32, bits // 8), seen, ir.Constant(vector, None)])
 
 
-def prefetch(builder: Any, address: Any, count: int, once: bool = False) -> None:
-    """Ask for `count` cache lines; where they are read `once`, without room in the further caches."""
+def prefetch(builder: Any, address: Any, count: int) -> None:
+    """Ask for `count` cache lines into the second level: the first can wait for far fewer at a time."""
     place = ir.IntType(8).as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [place, INT32, INT32, INT32])
     ask = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    how = [ir.Constant(INT32, n) for n in (0, 0 if once else 3, 1)]
+    how = [ir.Constant(INT32, n) for n in (READ, SECOND_LEVEL, DATA)]
     for line in range(count):
         builder.call(ask, [builder.inttoptr(at(builder, address, (1, LINE * line)), place), *how])
 
@@ -130,7 +132,7 @@ def dense_products(builder: Any, tag: types.Type, rows: list[Any], inputs: list[
                 multiply_add(builder, row[t][chain], value, seen)
 
     def block(start: Any, count: Any | None) -> None:
-        prefetch(builder, at(builder, ahead, (start, size * len(rows))), STEP * size * len(rows) // LINE, once=True)
+        prefetch(builder, at(builder, ahead, (start, size * len(rows))), STEP * size * len(rows) // LINE)
         for n in range(0, STEP, LANES):
             here, before = at(builder, start, (n, 1)), ir.Constant(WORD, n)
             places = [at(builder, row, (here, size)) for row in rows]
@@ -174,7 +176,7 @@ def int4_products(
         return widen(builder, builder.shuffle_vector(values, values, indices(*(n // QUAD for n in range(LANES)))), tag)
 
     def block(start: Any, count: Any | None) -> None:
-        prefetch(builder, at(builder, ahead, (start, 16 * len(rows))), len(rows), once=True)
+        prefetch(builder, at(builder, ahead, (start, 16 * len(rows))), len(rows))
         words = [read(at(builder, row, (start, 16)), INT32, LANES, count) for row in rows]
         parts: list[list[list[Any]]] = [[[] for _ in inputs] for _ in rows]
         for n in range(8):
