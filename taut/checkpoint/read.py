@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -125,23 +125,6 @@ class Checkpoint:
             return True
         at_root = len(path.parts) == 1
         return at_root and (path.suffix in (".bin", ".safetensors") or name in INDEXES)
-
-    def check_finite(self, names: Collection[str] | None = None) -> None:
-        """Read the floating tensors (all, or those named) and refuse infinities and NaN.
-
-        Raises:
-            BadInput: naming the tensors and how many of their values are not finite.
-        """
-        from taut.checkpoint.stream import nonfinite
-
-        bad = {name: count for name in (self.tensors if names is None else names) if (count := nonfinite(self, name))}
-        if bad:
-            raise not_finite(self.path, bad)
-
-
-def not_finite(path: Path, counts: dict[str, int]) -> BadInput:
-    named = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
-    return BadInput(f"{path}: infinite or not-a-number values in {named}", "repair or download the checkpoint again")
 
 
 def open_checkpoint(

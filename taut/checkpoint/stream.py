@@ -215,13 +215,3 @@ def _count_nonfinite(raw: np.ndarray, dtype: torch.dtype) -> int:
     bits = BITS[dtype.itemsize]
     mantissa, exponent = (52, 11) if dtype is torch.float64 else FORMATS[dtype]
     return count_nonfinite(raw.view(bits), bits(((1 << exponent) - 1) << mantissa))
-
-
-def nonfinite(source: Checkpoint, name: str) -> int:
-    """How many of a tensor's values are infinite or not a number, read a block at a time."""
-    info, buffer, count = source.tensors[name], np.empty(BLOCK, np.uint8), 0
-    for start in range(0, info.nbytes if info.dtype in FLOATS else 0, BLOCK):
-        raw = buffer[: min(BLOCK, info.nbytes - start)]
-        source.read_bytes(name, start, raw)
-        count += _count_nonfinite(raw, info.dtype)
-    return count

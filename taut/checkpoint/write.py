@@ -14,8 +14,8 @@ import torch
 
 from taut.checkpoint import atomic
 from taut.checkpoint.edits import Edit
-from taut.checkpoint.errors import OutOfRange
-from taut.checkpoint.read import INDEX, RECORD, TAUT_INDEX, Checkpoint, not_finite
+from taut.checkpoint.errors import BadInput, OutOfRange
+from taut.checkpoint.read import INDEX, RECORD, TAUT_INDEX, Checkpoint
 from taut.checkpoint.shards import CODES, TensorInfo
 from taut.checkpoint.stream import Block, Findings, Streamer, blocks
 
@@ -221,7 +221,9 @@ def _all_blocks(shards: list[NewShard], edits: Mapping[str, Edit], folder: Path)
 def _judge(source: Checkpoint, shards: list[NewShard], findings: Findings, may_be_nonfinite: Collection[str]) -> None:
     bad = {name: count for name, count in findings.nonfinite.items() if name not in may_be_nonfinite}
     if bad:
-        raise not_finite(source.path, bad)
+        named = ", ".join(f"{name} ({count})" for name, count in sorted(bad.items()))
+        cause = f"{source.path}: infinite or not-a-number values in {named}"
+        raise BadInput(cause, "repair or download the checkpoint again")
     dtypes = {name: info.dtype for shard in shards for name, info in shard.tensors.items()}
     reasons = findings.out_of_range(dtypes.__getitem__)
     if reasons:

@@ -50,14 +50,6 @@ def through_casts(node: Any) -> Any:
     return node
 
 
-def sole_use(node: fx.Node) -> fx.Node | None:
-    """The one user of a node, past casts; None when there are several."""
-    users = list(node.users)
-    while len(users) == 1 and is_cast(users[0]):
-        node, users = users[0], list(users[0].users)
-    return users[0] if len(users) == 1 else None
-
-
 def after_casts(node: fx.Node) -> fx.Node:
     """The last of the casts that alone read a node."""
     users = list(node.users)

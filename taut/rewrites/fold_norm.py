@@ -37,7 +37,6 @@ class Fold:
     becomes: dict[str, Value]
     through: dict[str, set[fx.Node]]
     together: tuple[Fold, ...] = ()
-    new_bias: tuple[Reader, ...] = ()
 
 
 def sites(graph: Graph, form: Form) -> list[Site]:

@@ -254,16 +254,6 @@ def test_config_that_transformers_cannot_read(tmp_path):
         open_checkpoint(folder).hf_config()
 
 
-def test_not_finite_values_are_named_and_counted(tmp_path):
-    values = tensors(torch.float16)
-    values["a.weight"][2, 3] = torch.nan
-    values["gain"][:2] = torch.inf
-    checkpoint = open_checkpoint(single(tmp_path / "m", values))
-    with pytest.raises(BadInput, match=r"a\.weight \(1\), gain \(2\)"):
-        checkpoint.check_finite()
-    checkpoint.check_finite(["big.weight", "ids"])
-
-
 def test_traces_of_earlier_runs(tmp_path):
     folder = single(tmp_path / "m")
     assert not open_checkpoint(folder).prior

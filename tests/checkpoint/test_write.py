@@ -217,8 +217,9 @@ def test_taut_form(tmp_path, monkeypatch):
     assert torch.equal(reopened.read("kept"), checkpoint.read("ids"))
 
 
-def test_not_finite_is_named_and_nothing_is_left(tmp_path):
-    values = tensors()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_not_finite_is_named_and_nothing_is_left(tmp_path, dtype):
+    values = tensors(dtype)
     values["a.weight"][1, 1] = torch.nan
     values["big.weight"][0, :3] = -torch.inf
     checkpoint = open_checkpoint(single(tmp_path / "a", values))
