@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from taut.checkpoint.edits import Copy, Edit, Fill, Read, Scale
+from taut.checkpoint.edits import Alike, Copy, Edit, Fill, Read, Scale
 from taut.checkpoint.names import Located, name_on_disk
 from taut.checkpoint.probe import Piece, length
 from taut.checkpoint.shards import TensorInfo
@@ -42,21 +42,13 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Rebuilt:
+class Rebuilt(Alike):
     """A tensor of which some boxes take the new values of parameters; the rest stays."""
 
     name: str
     info: TensorInfo
     parts: tuple[Part, ...]
     located: Located
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.info.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.info.dtype
 
     def block(self, read: Read, rows: slice) -> Tensor:
         out = read(self.name, rows).double()

@@ -28,8 +28,22 @@ class Edit(Protocol):
     def block(self, read: Read, rows: slice) -> Tensor: ...
 
 
+class Alike:
+    """What an edit is that keeps the shape and the dtype of its tensor."""
+
+    info: TensorInfo
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.info.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.info.dtype
+
+
 @dataclass(frozen=True, eq=False)
-class Scale:
+class Scale(Alike):
     """A tensor of the checkpoint times a float64 vector along one axis; it keeps its name, shape and dtype."""
 
     name: str
@@ -44,14 +58,6 @@ class Scale:
             )
         if self.vector.dtype is not torch.float64 or not self.info.dtype.is_floating_point:
             raise TypeError(f"{self.name}: scales a floating tensor by a float64 vector")
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.info.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.info.dtype
 
     @property
     def inner(self) -> int:
@@ -85,19 +91,11 @@ class Fill:
 
 
 @dataclass(frozen=True)
-class Copy:
+class Copy(Alike):
     """A tensor of the checkpoint as it stands, any dtype, perhaps under another name."""
 
     name: str
     info: TensorInfo
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.info.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.info.dtype
 
     def block(self, read: Read, rows: slice) -> Tensor:
         return read(self.name, rows).double()
