@@ -1,9 +1,10 @@
 """Decode attention on a GPU: taut's equal shares against cuDNN, torch's flash and a fixed split, in one run.
 
-    python benchmarks/decode_attention.py [--out benchmarks/results/h200/decode_attention.json]
+    python benchmarks/decode_attention.py [--out benchmarks/results/h200/decode_attention.json] [--tune]
 
 32 query and 8 key heads of 128 features, bf16. Parity and twenty equal runs first; then CUDA graphs, replayed in turn.
-The fixed split's time is a lower bound: its longest request alone, on the programs that it gets.
+The fixed split's time is a lower bound: its longest request alone, on the programs that it gets. With --tune the
+kernel's configurations are timed instead, beside cuDNN, and printed from the fastest on.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from taut.ops._triton.launch import Attention
 from taut.ops._triton.launch import decode_attention as run
 from taut.ops._triton.timing import copies_for, microseconds
 from taut.ops.decode_attention import decode_attention
@@ -31,6 +33,12 @@ CASES = {
     "131072 and 15 of 2048": [131072] + [2048] * 15,
 }
 BYTES_PER_S = 4.8e12
+TRIED = [
+    *(Attention(64, 1, stages, 4, ahead) for stages in (3, 4, 5, 6) for ahead in (0, 1, 2, 4)),
+    *(Attention(128, 1, stages, 4, ahead) for stages in (2, 3) for ahead in (0, 1, 2)),
+    *(Attention(64, 2, stages, 4, ahead) for stages in (2, 3) for ahead in (0, 1, 2)),
+    *(Attention(64, 1, 4, 8, ahead) for ahead in (0, 2)),
+]
 
 
 def caches(lengths: list[int], copies: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -39,10 +47,11 @@ def caches(lengths: list[int], copies: int) -> tuple[list[Tensor], list[Tensor]]
     return make(), make()
 
 
-def parity(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> tuple[float, float]:
+def parity(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, config: Attention | None = None) -> tuple[float, float]:
     """taut's error and that of plain code in bf16 against float64, of the first head; all runs have the same bits."""
-    y = decode_attention(q, k, v, lengths, impl="triton")
-    assert all(torch.equal(y, decode_attention(q, k, v, lengths, impl="triton")) for _ in range(20))
+    again = lambda: run(q, k, v, lengths, None, torch.empty_like(q), config=config)  # noqa: E731
+    y = again()
+    assert all(torch.equal(y, again()) for _ in range(20))
     group = HEADS // KV
     part = q[:, :group], k[:, :1], v[:, :1]
     truth = decode_attention.reference(*(t.double() for t in part), lengths)
@@ -89,10 +98,32 @@ def row(name: str, lengths: list[int]) -> dict:
     return {"case": name, "lengths": lengths, "us": us, "slack": slack, "error": errors[0], "plain_error": errors[1]}
 
 
+def tune(name: str, lengths: list[int]) -> None:
+    """Print every configuration and cuDNN by their microseconds, the fastest first; a wrong one ends the run."""
+    torch.manual_seed(0)
+    nbytes = sum(lengths) * KV * D * 4
+    copies = 1 if nbytes > 5e8 else copies_for(nbytes, least=2, most=16)
+    q = torch.randn(len(lengths), HEADS, D, device="cuda", dtype=torch.bfloat16)
+    ks, vs = caches(lengths, copies)
+    on_device, y = torch.tensor(lengths, device="cuda", dtype=torch.int32), torch.empty_like(q)
+    for config in TRIED:
+        parity(q, ks[0], vs[0], on_device, config)
+    calls: dict = {c: lambda i, c=c: run(q, ks[i], vs[i], on_device, None, y, config=c) for c in TRIED}
+    calls |= {way: call for way, call in peers(q, ks, vs) if len(set(lengths)) == 1 and way == "cudnn"}
+    times = microseconds(list(calls.values()), copies, 20)
+    found = sorted(zip(times, calls, strict=True), key=lambda pair: pair[0])
+    print(name, *(f"\n  {us:8.2f} us  {way if isinstance(way, str) else tuple(way)}" for us, way in found), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/h200/decode_attention.json"))
+    parser.add_argument("--tune", action="store_true", help="time the kernel's configurations instead")
     args = parser.parse_args()
+    if args.tune:
+        for name, lengths in CASES.items():
+            tune(name, lengths)
+        return
     rows = []
     for name, lengths in CASES.items():
         rows.append(found := row(name, lengths))

@@ -18,6 +18,15 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
+def ask(places):
+    """Ask the second-level cache for the lines that hold these places. A bulk prefetch takes its address from a uniform
+    register: of many addresses, it asks for one after the other."""
+    tl.inline_asm_elementwise(
+        "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l", [places], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def share(tiles, heads, most_programs):
     """(tiles of all heads, programs that get any)."""
     total = tl.sum(tiles, 0) * heads
@@ -60,10 +69,12 @@ def attend(
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     KEYS: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """`heads` key heads with GROUP queries of D features each; ROWS and WIDTH are those rounded up. With a `table` of
-    pages [batch, pages], k and v are [pages, heads, page, D]. `scale` includes log2(e)."""
+    pages [batch, pages], k and v are [pages, heads, page, D]. `scale` includes log2(e). The second-level cache is asked
+    for the first AHEAD tiles of a stretch before its queries are read, without which no tile is loaded."""
     g = tl.program_id(0)
     at, key = tl.arange(0, BATCH), tl.arange(0, KEYS)
     if PDL:
@@ -81,12 +92,18 @@ def attend(
         last = tl.minimum(stop, head_first + per_head)
         place = (sequence * heads + head) * GROUP
         live = (row < GROUP)[:, None] & (feature < D)[None, :]
+        k_base = k + sequence.to(tl.int64) * k_batch + head.to(tl.int64) * k_head
+        v_base = v + sequence.to(tl.int64) * v_batch + head.to(tl.int64) * v_head
+        if PDL and AHEAD > 0:
+            soon = (current - head_first) * KEYS + tl.arange(0, AHEAD * KEYS)
+            soon = tl.minimum(soon, length - 1).to(tl.int64)[:, None]
+            line = (tl.arange(0, (WIDTH + 63) // 64) * 64)[None, :]  # 128 bytes
+            ask(k_base + soon * k_row + line)
+            ask(v_base + soon * v_row + line)
         query = tl.load(q + (place + row)[:, None] * D + feature[None, :], mask=live, other=0)
         greatest = tl.full([ROWS], float("-inf"), tl.float32)
         weight = tl.zeros([ROWS], tl.float32)
         sums = tl.zeros([ROWS, WIDTH], tl.float32)
-        k_base = k + sequence.to(tl.int64) * k_batch + head.to(tl.int64) * k_head
-        v_base = v + sequence.to(tl.int64) * v_batch + head.to(tl.int64) * v_head
         for tile in range(current - head_first, last - head_first):
             position = tile * KEYS + key
             seen = position < length
