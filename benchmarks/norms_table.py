@@ -4,7 +4,7 @@
 
 The first table is read from the modules of `taut/nn/norm` and measured on them: parameters, reductions and operations
 in the reference code, what an input scaled or shifted does to the output, and which rewrites take something of it away.
-The second is that of foldable_table.py. The others are computed from the record of norms.py.
+The second is that of foldable_table.py. The others are computed from the records of units.py and norms.py.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from taut.tracing import CannotTrace, trace
 
 HERE = Path(__file__).parent
 RECORD = HERE / "results" / "h200" / "norms.json"
+UNITS = HERE / "results" / "units.json"
 PAGE = HERE.parent / "docs" / "normalization.md"
 PICTURE = PAGE.with_name("norms.png")
 REDUCTIONS = {
@@ -193,6 +194,20 @@ def trials_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def units_table(record: dict[str, Any]) -> str:
+    """A row for each unit: perplexity with it, how far it moved, and how far the predictions did."""
+    lines = [
+        "| unit | in place of | perplexity | moved by | divergence, nats a token | same likeliest token |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        place = f"{row['sites']} {'softmaxes' if 'softmax' in row['unit'] else 'norms'} of `{row['model']}`"
+        moved = f"{row['perplexity_after'] / row['perplexity_before'] - 1:+.2%}".replace("-0.00%", "+0.00%")
+        shown = f"{row['perplexity_before']:.3f} → {row['perplexity_after']:.3f} | {moved} | {row['kl']:.1e}"
+        lines.append(f"| {row['unit']} | {place} | {shown} | {row['agreement']:.1%} |")
+    return "\n".join(lines)
+
+
 def picture(record: dict[str, Any], path: Path) -> None:
     """Held-out loss against steps and against seconds: a line a variant, the mean over seeds, and their extent."""
     from matplotlib import pyplot as plt
@@ -225,6 +240,7 @@ def written(page: str, record: dict[str, Any]) -> str:
     """The page with all its tables as the code and the record have them."""
     tables = {"norms": norms_table(), "foldable": foldable_table()}
     tables |= {"runs": training_table(record), "trials": trials_table(record)}
+    tables["units"] = units_table(json.loads(UNITS.read_text()))
     for name, table in tables.items():
         page = filled(page, name, table)
     return page
