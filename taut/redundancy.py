@@ -159,12 +159,14 @@ class _Layer:
         return EffectiveDims(name, inputs, self.outputs, moment_rank(self.moment, self.dtype))
 
 
-def _record(layers: dict[str, _Layer], name: str, module: nn.Module, args: tuple, output: Any) -> None:
+def _record(layers: dict[str, _Layer], name: str, module: Any, args: tuple, output: Any) -> None:
     """Forward hook: add what the layer read; an embedding, which reads whole numbers, is none."""
     if not (args and isinstance(args[0], Tensor) and args[0].is_floating_point()):
         return
-    x = args[0]
+    x, weight = args[0], module.weight
+    if x.shape[-1] not in weight.shape:
+        return
     moment = second_moment(x, bias=getattr(module, "bias", None) is not None)
-    layer = layers.setdefault(name, _Layer(torch.zeros_like(moment), 0, output.shape[-1], x.dtype))
+    layer = layers.setdefault(name, _Layer(torch.zeros_like(moment), 0, weight.numel() // x.shape[-1], x.dtype))
     layer.moment += moment
     layer.tokens += x.flatten(0, -2).shape[0]

@@ -101,6 +101,15 @@ def test_a_model_of_few_positions_is_run_as_often_as_its_widest_layer_needs():
     assert found["transformer.h.0.mlp.c_proj"].inputs == 193
 
 
+def test_a_router_that_returns_more_than_its_product_is_a_layer():
+    import architectures
+
+    found = {layer.name: layer for layer in redundancy(architectures.build("mixtral"))}
+    router = found["model.layers.0.mlp.gate"]
+    assert (router.inputs, router.rank, router.redundant_parameters) == (48, 48, 0)
+    assert router.outputs == architectures.build("mixtral").config.num_local_experts
+
+
 def test_text_is_cut_into_rows_of_one_length():
     rows = ids_of(DEMO / "model", DEMO / "heldout.txt", 64)
     assert len(rows) > 10
