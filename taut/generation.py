@@ -11,7 +11,7 @@ from pathlib import Path
 from queue import Queue
 from typing import TYPE_CHECKING, Any, Protocol
 
-from taut.checkpoint import BadInput, open_checkpoint
+from taut.checkpoint import BadInput, Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
     from taut.runtime.engine import Engine
@@ -66,6 +66,7 @@ class Writer:
 
     engine: Engine
     tokenizer: Tokenizer
+    folder: Path
     spent: Spent = field(default_factory=Spent)
 
     def stream(self, ids: list[int], max_new_tokens: int, **sampling: Any) -> Iterator[str]:
@@ -117,9 +118,10 @@ def writer(
     from taut.runtime.compiling import compile
 
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    tokenizer = tokenizer_of(model, **options)
+    folder = open_checkpoint(model, **options).path
+    tokenizer = tokenizer_of(folder)
     engine = compile(model, device, max_length=max_length, weights=weights, progress=progress, **options)
-    return Writer(engine, tokenizer)
+    return Writer(engine, tokenizer, folder)
 
 
 def generate(
@@ -133,36 +135,36 @@ def generate(
     """
     own = ("device", "weights", "max_length", "revision", "trust_remote_code", "progress")
     made = writer(model, **{name: options.pop(name) for name in own if name in options})
-    yield from made.stream(encode(model, made.tokenizer, prompt, chat), max_new_tokens, **options)
+    yield from made.stream(encode(made.folder, made.tokenizer, prompt, chat), max_new_tokens, **options)
 
 
-def encode(model: str | Path, tokenizer: Tokenizer, prompt: str, chat: bool) -> list[int]:
-    """Token ids of a prompt. Raises BadInput where there are none, or no chat template."""
+def encode(folder: Path, tokenizer: Tokenizer, prompt: str, chat: bool) -> list[int]:
+    """Token ids of a prompt. Raises BadInput where there are none, or no chat template in the checkpoint's folder."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # bytes of an argument that are no text in the system's encoding
+        raise BadInput("the prompt is no text: it cannot be encoded", "set a UTF-8 locale (LC_ALL=C.UTF-8)") from error
     if not chat:
         ids = list(tokenizer.encode(prompt))
     else:
-        whole = _transformers_tokenizer(_folder(model))
+        whole = _transformers_tokenizer(folder)
         if not getattr(whole, "chat_template", None):
-            raise BadInput(f"{model}: the tokenizer has no chat template", "leave --chat out")
+            raise BadInput(f"{folder}: the tokenizer has no chat template", "leave --chat out")
         said = whole.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
         )
         ids = whole.encode(said, add_special_tokens=False)
     if not ids:
-        raise BadInput("the prompt is empty", "give some text with --prompt")
+        cause = "the tokenizer knows nothing of the prompt" if prompt else "the prompt is empty"
+        raise BadInput(cause, "give other text" if prompt else "give some text with --prompt")
     return ids
 
 
-def tokenizer_of(model: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Tokenizer:
-    """The tokenizer of a checkpoint; its tokenizer.json alone where there is one. Raises BadInput without any."""
-    folder = open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code).path
+def tokenizer_of(folder: Path) -> Tokenizer:
+    """The tokenizer in a checkpoint's folder; its tokenizer.json alone if there is one. Raises BadInput without any."""
     if (folder / "tokenizer.json").is_file():
         return _Fast(folder / "tokenizer.json")
     return _transformers_tokenizer(folder)
-
-
-def _folder(model: str | Path) -> Path:
-    return open_checkpoint(model).path
 
 
 class _Fast:
@@ -193,7 +195,7 @@ def _transformers_tokenizer(folder: Path) -> Any:
 
 
 def with_transformers(
-    model: str | Path,
+    checkpoint: Checkpoint,
     ids: list[int],
     tokenizer: Tokenizer,
     max_new_tokens: int,
@@ -203,17 +205,24 @@ def with_transformers(
 ) -> Iterator[str]:
     """The same from transformers' own generate, for models whose step taut cannot compile.
 
-    Raises BadInput for a checkpoint in taut form, which transformers cannot load.
+    Raises BadInput for a checkpoint in taut form, which transformers cannot load, and for a model that is not causal.
     """
-    if ((open_checkpoint(model).prior.record or {}).get("plan") or {}).get("form") == "taut":
-        raise BadInput(f"{model} is in taut form, which transformers cannot load", "generate from the original")
+    path = checkpoint.path
+    if ((checkpoint.prior.record or {}).get("plan") or {}).get("form") == "taut":
+        raise BadInput(f"{path} is in taut form, which transformers cannot load", "generate from the original")
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(options.pop("seed", 0))
     drawn = {name: value for name, value in options.items() if value is not None}
     sampling = {"do_sample": True, **drawn} if drawn.get("temperature") else {"do_sample": False}
-    own: Any = AutoModelForCausalLM.from_pretrained(_folder(model), dtype="auto").eval()
+    trusted = checkpoint.trust_remote_code
+    try:
+        own: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto", trust_remote_code=trusted).eval()
+    except ValueError as error:
+        raise BadInput(
+            f"{path}: transformers has no causal language model for it", "name one that is"
+        ) from error
     own.to(device)
     given = {"inputs": torch.tensor([ids], device=device), "max_new_tokens": max_new_tokens, **sampling}
     tokens = _streamed(lambda streamer: own.generate(**given, streamer=streamer))

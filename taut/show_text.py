@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from taut import generation
+from taut.checkpoint import open_checkpoint
 from taut.generation import Spent, Writer
 
 
@@ -32,14 +33,16 @@ class Text:
             self.fallback = str(error)
             self.pieces = self._with_transformers()
             return
-        ids = generation.encode(self.model, self.writer.tokenizer, self.prompt, self.chat)
+        ids = generation.encode(self.writer.folder, self.writer.tokenizer, self.prompt, self.chat)
         self.pieces = self.writer.stream(ids, **self.drawing)
         self.spent = self.writer.spent
 
     def _with_transformers(self) -> Iterator[str]:
-        tokenizer = generation.tokenizer_of(self.model)
-        ids, device = generation.encode(self.model, tokenizer, self.prompt, self.chat), self.opening["device"]
-        return generation.with_transformers(self.model, ids, tokenizer, spent=self.spent, device=device, **self.drawing)
+        asked = {name: self.opening[name] for name in ("revision", "trust_remote_code")}
+        checkpoint, device = open_checkpoint(self.model, **asked), self.opening["device"]
+        tokenizer = generation.tokenizer_of(checkpoint.path)
+        ids = generation.encode(checkpoint.path, tokenizer, self.prompt, self.chat)
+        return generation.with_transformers(checkpoint, ids, tokenizer, spent=self.spent, device=device, **self.drawing)
 
     def write(self, as_json: bool) -> None:
         if self.fallback:

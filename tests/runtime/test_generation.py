@@ -63,6 +63,7 @@ def test_json_is_one_object():
     ("args", "cause"),
     [
         (("--prompt", ""), "the prompt is empty"),
+        (("--prompt", "\udcff"), "the prompt is no text"),
         (("--prompt", PROMPT, "--max-length", "5000"), "1024 positions"),
         (("--prompt", "king " * 50, "--max-length", "8"), "window of 8"),
         (("--prompt", PROMPT, "--chat"), "no chat template"),
@@ -149,6 +150,28 @@ def test_the_fallback_cannot_load_taut_form(refused, tmp_path):
     done = run(str(tmp_path / "new"), "--prompt", PROMPT)
     assert done.exit_code == 2
     assert "in taut form, which transformers cannot load" in done.stderr
+
+
+def test_a_model_that_is_not_causal(tmp_path):
+    model: Any = tiny_model(transformers.AlbertForMaskedLM)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes((DEMO / "tokenizer.json").read_bytes())
+    done = run(str(tmp_path), "--prompt", PROMPT)
+    assert done.exit_code == 2
+    assert "no causal language model" in done.stderr
+
+
+def test_the_fallback_takes_the_revision_that_was_asked_for(refused, monkeypatch):
+    asked = []
+
+    def snapshot(repo, revision=None, **rest):
+        asked.append(revision)
+        return str(refused)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    done = run("someone/something", "--revision", "v1", "--prompt", PROMPT, "--max-new-tokens", "2")
+    assert done.exit_code == 0, done.output
+    assert set(asked) == {"v1"}
 
 
 def test_a_character_of_several_tokens_comes_whole():
