@@ -28,8 +28,10 @@ def check_target(source: Path, out: Path, need: int, force: bool) -> None:
     if real == origin or origin in real.parents or real in origin.parents:
         raise BadInput(f"{out} overlaps the source {source}", "write somewhere else")
     parent = real.parent
-    if not parent.is_dir():
+    if not parent.exists():
         raise BadInput(f"{parent} does not exist", "make it first")
+    if not parent.is_dir():
+        raise BadInput(f"{parent} is not a folder", "write somewhere else")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise BadInput(f"{parent} is not writable", "write somewhere else")
     clean_up_after_the_dead(real)
@@ -41,7 +43,7 @@ def check_target(source: Path, out: Path, need: int, force: bool) -> None:
         raise BadInput(f"{out} is not a checkpoint (no config.json), so it is not replaced", "write somewhere else")
     free = shutil.disk_usage(parent).free
     if free < need:
-        raise BadInput(f"{parent} has {free / 1e9:.2f} GB free of {need / 1e9:.2f} GB needed", "free some space")
+        raise BadInput(f"{parent} has {free / 1e9:.3f} GB free of {need / 1e9:.3f} GB needed", "free some space")
 
 
 @contextlib.contextmanager
