@@ -94,6 +94,24 @@ def test_the_proof_fails_when_any_scalar_is_left_out(name):
         assert not prove(raw, broken, [inputs]).passed, name_of_one
 
 
+def test_the_proof_fails_when_a_bias_is_divided_along_with_the_product():
+    """(x W + c) s in place of (x W) s + c, as a published implementation has it."""
+    layers = {"n": norm(), "biased": L(W, W)}
+    raw, graph, inputs = hand_made(lambda m, x: m.biased(m.n(x)), **layers)
+    deferred = defer_norm.apply(graph)
+    assert prove(raw, deferred, [inputs]).passed
+    (scaled,) = (n for n in deferred.calls(aten.mul.Tensor) if n.args[0].target is linear)
+    (added,) = scaled.users
+    assert added.target is aten.add.Tensor
+    product, scalar = scaled.args
+    scaled.args, added.args = (added, scalar), (product, added.args[1])
+    added.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+    scaled.prepend(added)
+    evidence = prove(raw, deferred, [inputs])
+    assert not evidence.passed
+    assert evidence.float64_error > 1e-3
+
+
 def norm():
     return nn.RMSNorm(W, eps=1e-5, elementwise_affine=False)
 
