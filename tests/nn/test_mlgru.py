@@ -2,9 +2,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from taut.lift import lift
 from taut.nn.ffn.bit_linear import token_codes
 from taut.nn.mixer.mlgru import MLGRU, Gain, MatMulFreeBlock, forget_floors, linear_recurrence, linear_scan
 from taut.nn.norm.rms_norm import RMSNorm
+from taut.proof import prove
+from taut.rewrites.cancel_norm import cancel_norm
+from taut.tracing import trace
 
 from .char_lm import CONTEXT, corpus
 
@@ -71,6 +75,25 @@ def test_a_block_without_outer_norms_loads_the_same_weights():
     block, lean = MatMulFreeBlock(32).double(), MatMulFreeBlock(32, outer_norm=False).double()
     lean.load_state_dict(block.state_dict())
     torch.testing.assert_close(lean(x)[0], block(x)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_as_a_rewrite_it_leaves_the_outer_norms_out_of_a_block():
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = MatMulFreeBlock(32)
+
+        def forward(self, x):
+            return self.block(x)[0]
+
+    torch.manual_seed(0)
+    inputs = {"x": torch.randn(2, 7, 32)}
+    raw = trace(Block().eval(), inputs)
+    sites = cancel_norm.find(lift(raw))
+    taken = {site.where.removeprefix("block.") for site in sites if site.refused is None}
+    assert taken == {"attn_norm", "attn.g_norm", "mlp_norm"}
+    evidence = prove(raw, cancel_norm.apply(lift(raw)), [inputs])
+    assert evidence.passed, evidence
 
 
 @pytest.mark.slow
