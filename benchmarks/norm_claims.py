@@ -166,10 +166,11 @@ def rms_row(tokens: int, d: int, peer: ModuleType | None) -> dict:
         "taut": lambda i: rms_norm_grad(ds[i], xs[i], gain, EPS, impl="triton")
     }
     processors, chosen = torch.cuda.get_device_properties(0).multi_processor_count, grads.fitting(d)
-    for programs, stages in itertools.product((1, 2, 4), (1, 2, 3)):
-        config = chosen._replace(programs=programs, stages=stages)
+    for programs, stages, warps in itertools.product((1, 2, 4), (1, 2, 3), (chosen.warps, 2 * chosen.warps)):
+        config = grads.Slopes(programs, stages, warps)
         if config != chosen:
-            backward[f"taut, {programs} programs, {stages} stages"] = lambda i, config=config: grads.rms_norm_grad(
+            name = f"taut, {programs} programs, {stages} stages, {warps} warps"
+            backward[name] = lambda i, config=config: grads.rms_norm_grad(
                 ds[i], xs[i], gain, torch.empty_like(xs[i]), EPS, processors, config
             )
     if peer is not None:
