@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,65 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from taut.checkpoint import BadInput
-from taut.cost import Cost, costs, decodes
+from taut.cost import costs, decodes
 from taut.graph import Graph
+from taut.inspection import Inspection, inspection
 from taut.lift import lift
-from taut.machine import Machine, measured
 from taut.machine import choose as choose_machine
-from taut.plans import BadPlan, Plan, all_sites, make_plan, plan_and_apply
+from taut.machine import measured
+from taut.on_disk import Progress, apply_checkpoint, verify_checkpoints
+from taut.plans import BadPlan, Plan, make_plan, plan_and_apply
 from taut.proof import Evidence
-from taut.rewrite import Site
 
 Model = str | Path | nn.Module
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
-
-
-@dataclass
-class Inspection:
-    """Every site of every rewrite, refused ones with the reason, and what folding leaves idle."""
-
-    model: str
-    model_class: str
-    parameters: int
-    bytes: int
-    sites: list[dict[str, Any]]
-    idle_parameters: int
-    idle_bytes: int
-    outputs: list[str]
-    prior: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    graph: Graph | None = field(default=None, repr=False)
-    costs: list[Cost] = field(default_factory=list, repr=False)
-    machine: Machine | None = field(default=None, repr=False)
-    evidence: dict[str, Any] | None = None
-    step: bool = False
-    dtype: torch.dtype | None = None
-
-    def as_dict(self, ops: bool = False) -> dict[str, Any]:
-        inner = ("graph", "costs", "machine", "step", "dtype")
-        shown = {k: v for k, v in vars(self).items() if k not in inner}
-        cost = [found.as_dict(self.machine, ops) for found in self.costs]
-        return shown | {"machine": self.machine.name if self.machine else None, "cost": cost}
-
-
-@dataclass
-class Applied:
-    """What `apply` did: where the checkpoint is (None when nothing applied), the plan and the evidence."""
-
-    out: str | None
-    plan: Plan
-    evidence: Evidence | None
-    unused_tensors: list[str] = field(default_factory=list)
-    left_out_files: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        applied = [{"rewrite": s.rewrite, "where": w} for s in self.plan.steps for w in s.sites]
-        evidence = self.evidence.as_dict() if self.evidence else None
-        shown = {"out": self.out, "applied": applied, "refused": [asdict(r) for r in self.plan.refused]}
-        rest = {"absent": self.plan.absent, "unused_tensors": self.unused_tensors, "notes": self.notes}
-        return shown | {"evidence": evidence, "left_out_files": self.left_out_files} | rest
 
 
 def inspect(
@@ -80,7 +31,7 @@ def inspect(
     revision: str | None = None,
     trust_remote_code: bool = False,
     untie: bool = False,
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     machine: str | None = None,
 ) -> Inspection:
     """Find every site of every rewrite, from shapes alone: a configuration without weights will do.
@@ -93,12 +44,12 @@ def inspect(
         from taut.module import graph_of
 
         graph = lift(graph_of(model, example, outputs))
-        return _inspection(type(model).__name__, model, graph, _dtype(dtype), here)
+        return inspection(type(model).__name__, model, graph, _dtype(dtype), here)
     from taut.opened import open_model
 
     opened = open_model(model, revision, trust_remote_code, untie, weights=False)
     graph = lift(opened.writable_graph(outputs))
-    found = _inspection(str(model), opened.meta, graph, _dtype(dtype) or opened.dtype, here)
+    found = inspection(str(model), opened.meta, graph, _dtype(dtype) or opened.dtype, here)
     found.evidence = (opened.checkpoint.prior.record or {}).get("evidence")
     found.prior = opened.checkpoint.prior.marks | ({"taut": "rewritten"} if opened.checkpoint.prior.record else {})
     return found
@@ -112,39 +63,8 @@ def write_page(found: Inspection, path: Path, form: str = "taut") -> None:
     from taut.report import inspection_page
     from taut.whole_file import write_text
 
-    if found.graph is None:
-        raise ValueError("there is no graph to report on")
     made, after = plan_and_apply(found.graph, form)
     write_text(path, inspection_page(found, made, costs(after, found.step, found.dtype)))
-
-
-def _inspection(
-    name: str, model: nn.Module, graph: Graph, dtype: torch.dtype | None, machine: Machine | None
-) -> Inspection:
-    sites = all_sites(graph)
-    sizes = {n: p if dtype is None else p.to("meta", dtype) for n, p in model.named_parameters()}
-    folded = {p for rewrite, site in sites if rewrite == "fold_norm" and not site.refused for p in site.reads}
-    idle = [sizes[p] for p in folded if p in sizes]
-    return Inspection(
-        model=name,
-        model_class=type(model).__name__,
-        parameters=sum(p.numel() for p in sizes.values()),
-        bytes=sum(p.nbytes for p in sizes.values()),
-        sites=[_site(rewrite, site) for rewrite, site in sites],
-        idle_parameters=sum(p.numel() for p in idle),
-        idle_bytes=sum(p.nbytes for p in idle),
-        outputs=list(graph.outputs),
-        graph=graph,
-        costs=costs(graph, decodes(model), dtype),
-        machine=machine,
-        step=decodes(model),
-        dtype=dtype,
-    )
-
-
-def _site(rewrite: str, site: Site) -> dict[str, Any]:
-    shown = {"rewrite": rewrite, "where": site.where, "refused": site.refused, "reads": list(site.reads)}
-    return shown | {"writes": list(site.writes), "note": site.note}
 
 
 def plan(
@@ -217,7 +137,7 @@ def apply(
     force: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     text: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Any:
@@ -231,8 +151,6 @@ def apply(
         from taut.module import apply_module
 
         return apply_module(model, plan, example, only, form, outputs)
-    from taut.on_disk import apply_checkpoint
-
     if out is None:
         raise ValueError("say where to write the rewritten checkpoint: out=DIR")
     if plan is not None and only:
@@ -252,7 +170,7 @@ def verify(
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     text: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Evidence:
@@ -266,11 +184,13 @@ def verify(
         return verify_modules(before, after, example)
     if isinstance(before, nn.Module) or isinstance(after, nn.Module):
         raise TypeError("verify compares two modules or two checkpoints, not one of each")
-    from taut.on_disk import verify_checkpoints
-
     said = None if text is None else Path(text)
     return verify_checkpoints(before, after, revision, trust_remote_code, _dtype(dtype), said, progress)
 
 
-def _dtype(name: str | None) -> torch.dtype | None:
-    return None if name is None else getattr(torch, name)
+def _dtype(given: str | torch.dtype | None) -> torch.dtype | None:
+    """Raises BadInput for what is no dtype."""
+    found = getattr(torch, given, given) if isinstance(given, str) else given
+    if isinstance(found, str):
+        raise BadInput(f"no dtype {given!r}", "name one of torch's, such as bfloat16")
+    return found

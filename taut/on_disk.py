@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor
 
 from taut import __version__
-from taut.api import Applied, Progress
 from taut.checkpoint import BadInput, OutOfRange, write_checkpoint
 from taut.checkpoint.atomic import check_target
 from taut.checkpoint.changes import Change, disk_edits
@@ -24,7 +24,9 @@ from taut.rewrite import Exactness
 from taut.twin import SPARE, exactness, promises, prove_on_twin
 from taut.values import Filled, Original, Read, Scaled
 
-BLOCK_BYTES = 256 << 20
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
+
 FITS_IN_FLOAT64 = 200_000_000
 """Up to this many parameters the check that every tensor moves an output keeps all of them in memory."""
 
@@ -32,6 +34,25 @@ WARNING = (
     "LoRA adapters, draft heads and other weights trained on the original do not fit this checkpoint: "
     "the inputs of its linear layers are scaled differently."
 )
+
+
+@dataclass
+class Applied:
+    """What `apply` did: where the checkpoint is (None when nothing applied), the plan and the evidence."""
+
+    out: str | None
+    plan: Plan
+    evidence: Evidence | None
+    unused_tensors: list[str] = field(default_factory=list)
+    left_out_files: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        applied = [{"rewrite": s.rewrite, "where": w} for s in self.plan.steps for w in s.sites]
+        evidence = self.evidence.as_dict() if self.evidence else None
+        shown = {"out": self.out, "applied": applied, "refused": [asdict(r) for r in self.plan.refused]}
+        rest = {"absent": self.plan.absent, "unused_tensors": self.unused_tensors, "notes": self.notes}
+        return shown | {"evidence": evidence, "left_out_files": self.left_out_files} | rest
 
 
 def apply_checkpoint(

@@ -15,8 +15,9 @@ from taut import show_cost
 from taut.words import console, general, size, together
 
 if TYPE_CHECKING:
-    from taut.api import Applied, Inspection
     from taut.demonstrate import Demonstration
+    from taut.inspection import Inspection
+    from taut.on_disk import Applied
     from taut.plans import Plan
     from taut.proof import Evidence
     from taut.rewrite import Rewrite
@@ -31,7 +32,8 @@ Row = tuple[str, str, str | None]
 
 def told(what: str | Inspection | Applied | Evidence) -> None:
     """One thing that the demo has to say."""
-    from taut.api import Applied, Inspection
+    from taut.inspection import Inspection
+    from taut.on_disk import Applied
 
     if isinstance(what, str):
         console.print(f"\n[bold]{escape(what)}[/bold]")
@@ -86,7 +88,7 @@ def inspection(
     if not everything:
         _others(rows)
     show_cost.floors(found.costs, found.machine, ops)
-    if found.graph is not None and (graph or facts):
+    if graph or facts:
         from taut.printing import columns, text
 
         console.print()
@@ -103,12 +105,14 @@ def _summary(found: Inspection, applies: int, norms: int) -> None:
 
 
 def _others(rows: list[Row]) -> None:
-    """One line for each rewrite whose sites are not listed."""
-    from taut.rewrite import rewrites
+    """One line for each rewrite of a checkpoint whose sites are not listed."""
+    from taut.rewrite import TAUT, rewrites
 
     grid, without = Table.grid(padding=(0, 2)), []
     for name, rewrite in rewrites().items():
-        found = [reason is None for rewrite, _, reason in rows if rewrite == name]
+        if TAUT not in rewrite.forms:
+            continue
+        found = [reason is None for own, _, reason in rows if own == name]
         verdicts = [applies for applies in found if applies or not rewrite.asked]  # nobody asked, nothing is refused
         if verdicts and name != LISTED:
             grid.add_row("", name, f"{sum(verdicts)} of {_count(len(verdicts), 'site')}", _remarks(rewrite))

@@ -66,7 +66,7 @@ def inspect(
         )
         if html is not None:
             api.write_page(found, html)
-        reports = norm_report(found.graph) if norms and found.graph is not None else None
+        reports = norm_report(found.graph) if norms else None
         idle = redundancy_of(model, text, revision, trust_remote_code) if redundancy else None
         record = found.as_dict(ops)
         record |= {"norms": [report.as_dict() for report in reports]} if reports is not None else {}

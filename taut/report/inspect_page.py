@@ -19,7 +19,7 @@ from taut.rewrite import STEP
 from taut.words import duration, general, size, together
 
 if TYPE_CHECKING:
-    from taut.api import Inspection
+    from taut.inspection import Inspection
     from taut.plans import Plan
 
 LAYER = re.compile(r"^(.*?\.\d+)(?:\.|$)")
