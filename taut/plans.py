@@ -11,11 +11,12 @@ from typing import Any
 from taut import __version__
 from taut.graph import Graph
 from taut.rewrite import STEP, STOCK, TAUT, Form, Rewrite, Site, rewrites
+from taut.tracing import OUTPUTS
 from taut.whole_file import write_text
 
 SCHEMA = 1
-OUTPUTS = {"all": "all", "logits": "logits"}
-"""Which outputs a plan may promise."""
+FORMS = {form.name: form for form in (STOCK, TAUT)}
+"""What a plan may make of a model."""
 
 
 class BadPlan(ValueError):
@@ -97,7 +98,9 @@ class Plan:
                 raise BadPlan(f"the plan has schema {record['schema']}; this taut reads up to {SCHEMA}: upgrade taut")
             steps = tuple(Step(s["rewrite"], tuple(s["sites"])) for s in record["steps"])
             refused = tuple(Refusal(**r) for r in record.get("refused", ()))
-            form, outputs = form_of(record["form"]).name, OUTPUTS[record["outputs"]]
+            form, outputs = record["form"], record["outputs"]
+            if form not in FORMS or outputs not in OUTPUTS:
+                raise KeyError(form, outputs)
             prices = tuple(Price(**price) for price in record.get("prices", ()))
             absent, told = dict(record.get("absent", {})), {"machine": record.get("machine"), "prices": prices}
             return Plan(form, outputs, steps, refused, absent, **told, measured=record.get("measured"))
@@ -113,7 +116,10 @@ class Plan:
 
 
 def form_of(name: str) -> Form:
-    return {"stock": STOCK, "taut": TAUT}[name]
+    """Raises BadPlan for an unknown name."""
+    if name not in FORMS:
+        raise BadPlan(f"no form {name!r}: take one of {', '.join(FORMS)}")
+    return FORMS[name]
 
 
 def choose(only: Iterable[str] | None, form: Form) -> list[Rewrite]:

@@ -29,6 +29,9 @@ ASSERTIONS = {
     aten.sym_constrain_range_for_size.default,
 }
 
+OUTPUTS = ("all", "logits")
+"""Which outputs may be promised."""
+
 # What they return is another thing in every run, and so is the model.
 RANDOM = ("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like")
 RANDOM += ("bernoulli", "multinomial", "normal", "normal_functional", "uniform", "exponential", "poisson")
@@ -48,6 +51,8 @@ def trace(model: nn.Module, inputs: Mapping[str, Tensor], *, outputs: str = "all
     its base model returns; `"logits"` promises the first output alone. A `symbolic` trace runs at any batch and
     length that the model allows. Raises CannotTrace with the reason.
     """
+    if outputs not in OUTPUTS:
+        raise ValueError(f"no outputs {outputs!r}: take one of {', '.join(OUTPUTS)}")
     names: list[str] = []
     wrapper = _Promised(model, outputs, names.append)
     with traceable(model), torch.no_grad(), warnings.catch_warnings(), quiet():

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import taut
+from taut.checkpoint import BadInput
 from taut.module import GraphModule
 from taut.plans import BadPlan
 
@@ -154,6 +155,16 @@ import taut.api, taut.ops.rms_norm
 heavy = {"transformers", "numba", "typer", "rich"} & set(sys.modules)
 assert not heavy, heavy
 """
+
+
+def test_words_that_mean_nothing(model):
+    with pytest.raises(ValueError, match="no outputs 'logit'"):
+        taut.plan(model, outputs="logit")
+    with pytest.raises(BadPlan, match="no form 'stok'"):
+        taut.plan(model, form="stok")
+    with pytest.raises(BadInput, match="no dtype 'bfloat'"):
+        taut.inspect(model, dtype="bfloat")
+    assert taut.inspect(model, dtype=torch.bfloat16).bytes == taut.inspect(model, dtype="bfloat16").bytes
 
 
 def test_import_is_light():
