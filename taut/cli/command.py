@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import typer
+
+REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+"""What the system says of a disk that is full, or that taut may not read or write."""
 
 
 @contextmanager
@@ -34,13 +39,16 @@ def command(as_json: bool, threads: int | None, quiet: bool = True) -> Iterator[
         code, cause, cure, evidence = _explain(error)
         if code is None:
             raise
-        if as_json:
-            print(json.dumps({"error": cause, "cure": cure} | ({"evidence": evidence} if evidence else {})))
-        else:
-            print(f"error: {cause}", file=sys.stderr)
-            if cure:
-                print(f"cure:  {cure}", file=sys.stderr)
+        _refuse(as_json, cause, cure, evidence)
         raise typer.Exit(code) from None
+
+
+def _refuse(as_json: bool, cause: str, cure: str, evidence: dict[str, Any] | None) -> None:
+    if as_json:
+        with suppress(OSError):  # it may be stdout that cannot be written
+            print(json.dumps({"error": cause, "cure": cure} | ({"evidence": _finite(evidence)} if evidence else {})))
+            return
+    print(f"error: {cause}\ncure:  {cure}", file=sys.stderr)
 
 
 def quiet_transformers() -> None:
@@ -64,14 +72,26 @@ def _explain(error: Exception) -> tuple[int | None, str, str, dict[str, Any] | N
         return 1, str(error), "nothing was left behind; check the disk, then try again", None
     if isinstance(error, BadPlan):
         return 2, str(error), "make a new plan with `taut plan`", None
+    if isinstance(error, OSError) and error.errno in REFUSED:
+        return 2, f"{error.filename or 'the output'}: {error.strerror}", "make room, or see to the permissions", None
     return None, "", "", None
 
 
 def answer(as_json: bool, record: dict[str, Any], show: Callable[[], None]) -> None:
+    """Print what a command has found, for scripts or for people."""
     if as_json:
-        print(json.dumps(record, default=str))
+        print(json.dumps(_finite(record), default=str))
     else:
         show()
+
+
+def _finite(value: Any) -> Any:
+    """JSON has neither infinities nor NaN: null stands for them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(held) for key, held in value.items()}
+    return [_finite(held) for held in value] if isinstance(value, list | tuple) else value
 
 
 @contextmanager
