@@ -77,7 +77,28 @@ def draws() -> str:
     return table(["rows", "taut", "compiled multinomial", "product alone", "gain"], lines)
 
 
-TABLES = {"projections": projections, "chains": chains, "attention": attention, "draws": draws}
+def decoding() -> str:
+    """A token in milliseconds; rows of one case with different peers are one."""
+    if not (RESULTS / "decode.json").exists():
+        return "Not measured yet: `python benchmarks/decode.py` on an H200.\n"
+    rows = record("decode")["rows"]
+    peers = ("transformers, eager kernels", "transformers, torch.compile")
+    lines = []
+    for case in dict.fromkeys((r["model"], r["batch"], r["context"]) for r in rows):
+        own = [r for r in rows if (r["model"], r["batch"], r["context"]) == case]
+        ms = {way: time for row in reversed(own) for way, time in row["ms"].items()}
+        shown = (f"{ms[peer]:.2f}" if peer in ms else "" for peer in peers)
+        lines.append([*case, f"{ms['taut']:.3f}", *shown, f"{own[0]['floor_ms']:.3f}", f"{own[0]['slack']:.2f}"])
+    return table(["model", "rows", "context", "taut", *peers, "floor", "slack"], lines)
+
+
+TABLES = {
+    "projections": projections,
+    "chains": chains,
+    "attention": attention,
+    "draws": draws,
+    "decoding": decoding,
+}
 
 
 def written(page: str) -> str:
