@@ -96,12 +96,15 @@ class Graph:
 
     def add_parameter(self, name: str, value: Value, like: Tensor) -> fx.Node:
         """A new parameter with its value; `like` (meta will do) has its shape and dtype."""
-        first = next(iter(self.fx.nodes))
-        with self.fx.inserting_before(first):
+        self.values[name], self.written[name] = value, str(like.dtype).removeprefix("torch.")
+        return self.add_placeholder("parameter", name, like)
+
+    def add_placeholder(self, kind: str, name: str, like: Tensor) -> fx.Node:
+        """A new placeholder in front of all nodes; `like` (meta will do) has its shape and dtype."""
+        with self.fx.inserting_before(next(iter(self.fx.nodes))):
             node = self.fx.placeholder(name.replace(".", "_"))
         val = torch.empty(like.shape, dtype=like.dtype, device="meta")
-        node.meta = {"kind": "parameter", "tensor": name, "val": val, "where": "", "line": ""}
-        self.values[name], self.written[name] = value, str(like.dtype).removeprefix("torch.")
+        node.meta = {"kind": kind, "tensor": name, "val": val, "where": "", "line": ""}
         return node
 
     def read_tensors(self) -> set[str]:

@@ -131,18 +131,12 @@ def change(graph: Graph, chosen: list[Site]) -> None:
         count = sum(name.startswith("keys.") for name in graph.placeholders("input"))
         for i, name in enumerate(("keys", "values"), start=1):
             new, size = _of_one(graph, node.args[i], node), list(shape(node.args[i]))
-            cache = _cache(graph, f"{name}.{count}", torch.empty(size, device="meta", dtype=new.meta["val"].dtype))
+            like = torch.empty(size, device="meta", dtype=new.meta["val"].dtype)
+            cache = graph.add_placeholder("input", f"{name}.{count}", like)
             appended = graph.insert(aten.index_copy.default, (cache, TOKENS, position, new), node)
             node.update_arg(i, appended)
     graph.fx.eliminate_dead_code()
     _renumber(graph)
-
-
-def _cache(graph: Graph, name: str, value: torch.Tensor) -> fx.Node:
-    with graph.fx.inserting_before(next(iter(graph.fx.nodes))):
-        node = graph.fx.placeholder(name.replace(".", "_"))
-    node.meta = {"kind": "input", "tensor": name, "val": value, "where": "", "line": ""}
-    return node
 
 
 def _renumber(graph: Graph) -> None:

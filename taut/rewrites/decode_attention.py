@@ -124,11 +124,8 @@ def change(graph: Graph, chosen: list[Site]) -> None:
 
 
 def _buffer(graph: Graph, name: str, tensor: Tensor) -> fx.Node:
-    with graph.fx.inserting_before(next(iter(graph.fx.nodes))):
-        node = graph.fx.placeholder(name.replace(".", "_"))
-    node.meta = {"kind": "buffer", "tensor": name, "val": tensor.to("meta"), "where": "", "line": ""}
     graph.tensors = dict(graph.tensors) | {name: tensor}
-    return node
+    return graph.add_placeholder("buffer", name, tensor)
 
 
 decode_attention = Rewrite(
