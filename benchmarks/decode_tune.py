@@ -36,7 +36,8 @@ Knob = tuple
 """("near",) and ("far",) for attention, or a product: (outputs, inputs, whether it is gated)."""
 
 LAYERS = {"135M": 30, "1B": 6, "8B": 4}
-NEAR_TRIED = [(128, 8, 2), (128, 8, 4), (128, 8, 8), (64, 8, 2), (64, 8, 4), (64, 16, 1), (64, 16, 2), (64, 16, 4)]
+NEAR_TRIED = [(128, 8, 2), (128, 8, 4), (128, 8, 8), (128, 6, 4), (128, 5, 4), (256, 4, 8), (64, 8, 2), (64, 8, 4)]
+NEAR_TRIED += [(64, 16, 1), (64, 16, 2), (64, 12, 2), (64, 10, 2), (64, 10, 4)]
 FAR_TRIED = [(64, 64, 4), (64, 64, 8), (128, 128, 4), (128, 128, 8), (64, 128, 4), (32, 64, 4)]
 GAIN = 0.995
 
@@ -102,8 +103,10 @@ def candidates(knob: Knob) -> Iterator[Reach | Config]:
         least, most = (8, 96) if whole <= 2048 else (16, 64)
         if not least <= held <= most or n // outputs < 64 or (inputs < k and warps < 4):
             continue
-        for ahead in (0, 512) if inputs < k else (0,):
-            yield Config(outputs, 0, inputs, warps=warps, ahead=ahead)
+        if inputs < k:
+            yield from (Config(outputs, 0, inputs, warps=warps, ahead=ahead) for ahead in (0, 512))
+        else:
+            yield from (Config(outputs, 0, inputs, split, warps=warps) for split in ((1,) if k == whole else (1, 2)))
 
 
 def choose(runner: CudaRunner, knob: Knob, value: Reach | Config) -> None:

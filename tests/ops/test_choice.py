@@ -6,6 +6,7 @@ import functools
 import json
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -23,3 +24,18 @@ def test_a_product_takes_the_nearest_row_that_was_measured(monkeypatch):
     assert "vendor's product is faster" in chosen(1, 300)
     assert "vendor's product is faster" in chosen(16, 32, alone=True)
     assert "no glu of 64 tokens" in chosen(17, 32)
+
+
+@pytest.mark.gpu
+def test_configurations_for_a_sum_are_right_and_repeat_themselves():
+    torch.manual_seed(0)
+    rows = [row for row in choice.table("NVIDIA H200") if row["tokens"] == 1 and row["config"]]
+    assert len(rows) > 10
+    for row in rows:
+        config = choice.Config(*row.get("summed", row["config"]))
+        x, (weight,), (up,) = tune.inputs(tune.Shape(row["k"], row["n"], row["kind"]), 1, 1)
+        wide = [None if t is None else t.double() for t in (x + x, weight, up)]
+        truth, plain = tune.vendor(*wide), tune.vendor(x + x, weight, up)
+        y = tune.of_sum(x, weight, up, config)
+        assert (y.double() - truth).norm() <= 2 * (plain.double() - truth).norm(), row
+        assert all(torch.equal(y, tune.of_sum(x, weight, up, config)) for _ in range(100)), row

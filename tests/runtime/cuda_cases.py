@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from test_runner import LENGTH, VOCABULARY, attending, of, program, rows_of, weight
 
+from taut.ops._triton.launch import Config
 from taut.runtime.cuda import CudaRunner
 from taut.runtime.plain import PlainRunner
 from taut.runtime.sampling import Sampling
@@ -57,6 +58,20 @@ def dense() -> None:
             made = program([first, second, third], widths)
             halves = [dataclasses.replace(s, weight=weight(*s.weight.data.shape, form)) for s in made.steps[-1:]]  # type: ignore
             report(f"dense_{form}_{rows}", dataclasses.replace(made, steps=(*made.steps[:-1], *halves)), rows)
+
+
+def padded() -> None:
+    """A row that is held at once, in one tile."""
+    import taut.runtime._triton.kernels as kernels
+
+    torch.manual_seed(1)
+    own = kernels.ONE_ROW
+    kernels.ONE_ROW = {(37, 77, gated): Config(2, 0, 1024) for gated in (False, True)}
+    widths = {"x": 77, "y": 37, "g": 21}
+    first = Linear("y", of("x", widths), weight(37, 77), None, Norm(1e-5, centred=True))
+    second = Glu("g", of("y", widths), weight(21, 37), weight(21, 37), "silu", None, None, Norm(1e-6, torch.rand(37)))
+    report("padded", program([first, second], widths), 1)
+    kernels.ONE_ROW = own
 
 
 def long() -> None:
@@ -140,5 +155,5 @@ def draws() -> None:
 
 
 if __name__ == "__main__":
-    for part in (dense, long, places, attention, stretches, draws):
+    for part in (dense, padded, long, places, attention, stretches, draws):
         part()

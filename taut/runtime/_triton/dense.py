@@ -71,15 +71,18 @@ def row_of(x, parts, cols, k, DV: tl.constexpr, PARTS: tl.constexpr):
         h = tl.load(x + cols, mask=seen, other=0).to(tl.float32)
     else:
         heads, head = k // DV, cols // DV
-        top = tl.load(parts + head, mask=seen, other=0)
+        logs, values = (), ()
+        for part in tl.static_range(PARTS):  # all are on their way before any is looked at
+            logs += (tl.load(parts + part * heads + head, mask=seen, other=0),)
+            values += (tl.load(x + part * k + cols, mask=seen, other=0),)
+        top = logs[0]
         for part in tl.static_range(1, PARTS):
-            top = tl.maximum(top, tl.load(parts + part * heads + head, mask=seen, other=0))
+            top = tl.maximum(top, logs[part])
         h = tl.zeros(cols.shape, tl.float32)
         total = tl.zeros(cols.shape, tl.float32)
         for part in tl.static_range(PARTS):
-            weight = tl.exp2(tl.load(parts + part * heads + head, mask=seen, other=0) - top)
-            value = tl.load(x + part * k + cols, mask=seen, other=0)  # at once, not only when the weight is known
-            h += tl.where(weight > 0, weight * value, 0.0)  # a stretch of no keys has left anything there
+            weight = tl.exp2(logs[part] - top)
+            h += tl.where(weight > 0, weight * values[part], 0.0)  # a stretch of no keys has left anything there
             total += weight
         h /= total
     return h
@@ -158,6 +161,8 @@ def one(
                 prefetch(up, places * up_stride, BK, tl.minimum(k - BK, ahead) * 2)
         gdc_launch_dependents()
         gdc_wait()
+    if residual is not None:
+        added = tl.load(residual + rows, mask=live, other=0).to(tl.float32)
     mean, inv = tl.full([], 0.0, tl.float32), tl.full([], 1.0, tl.float32)
     if WHOLE:
         h = row_of(x, parts, cols, k, DV, PARTS)
@@ -210,7 +215,7 @@ def one(
         others *= inv
     out = finished(total, others if up is not None else None, bias, up_bias, rows, live, scale, cap, ACT, CAP)
     if residual is not None:
-        out += tl.load(residual + rows, mask=live, other=0).to(tl.float32)
+        out += added
     tl.store(y + rows, out.to(y.dtype.element_ty), mask=live)
 
 

@@ -19,11 +19,11 @@ MOST_JOINED, MOST_FEATURES, MOST_KEYS = 16, 1024, 4096
 NEAR, FAR = Reach(128, 8), Reach()
 """Tiles and stretches of an attention that the product behind it joins, and of any other."""
 ONE_ROW = {
-    (960, 576, False): Config(2, 0, 1024, warps=1),
-    (576, 576, False): Config(8, 0, 1024, warps=4),
-    (1536, 576, True): Config(4, 0, 1024, warps=1),
-    (576, 1536, False): Config(1, 0, 2048, warps=4),
-    (49152, 576, False): Config(8, 0, 1024, warps=4),
+    (960, 576, False): Config(2, 0, 1024, 2, warps=1),
+    (576, 576, False): Config(8, 0, 1024, 2, warps=4),
+    (1536, 576, True): Config(4, 0, 1024, 2, warps=1),
+    (576, 1536, False): Config(1, 0, 2048, 2, warps=4),
+    (49152, 576, False): Config(8, 0, 1024, 2, warps=4),
     (3072, 2048, False): Config(4, 0, 2048, warps=4),
     (2048, 2048, False): Config(2, 0, 2048, warps=2),
     (8192, 2048, True): Config(2, 0, 2048, warps=4),

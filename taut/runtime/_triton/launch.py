@@ -56,11 +56,12 @@ def one(
     stretches: Stretches | None = None,
 ) -> None:  # fmt: skip
     """y = what follows the product of norm(x), a row [k], with weight [n, k]; with `up`, gated by it. With
-    `stretches` x is not read, but joined from them."""
+    `stretches` x is not read, but joined from them. A row held at once is one tile, padded, or with a `split` two: the
+    largest power of two, and the rest."""
     n, k = weight.shape
     kind, gain, shift, centred = _norm(norm)
-    size = min(config.inputs, max(16, 1 << (k.bit_length() - 1)))
     whole = k <= config.inputs
+    size = max(16, 1 << (k.bit_length() - 1) if config.split > 1 else triton.next_power_of_2(k))
     tail = triton.next_power_of_2(max(k - size, 16)) if whole and k > size else 0
     row = (x, None, 1, 0) if stretches is None else (*stretches[:2], stretches.dv, stretches.count)
     dense.one[(triton.cdiv(n, config.outputs),)](
