@@ -3,8 +3,9 @@
     python benchmarks/sampling.py [--out benchmarks/results/h200/sampling.json]
 
 With the final norm on all sides; also among the 50 greatest logits only. Ids first: against the float64 reference of
-the same seed on a smaller head, and the share of draws whose two best noisy logits are equal, which is about
-vocabulary / 2^33 for words of 32 bits; then CUDA graphs, replayed in turn.
+the same seed on a smaller head, and the share of draws whose two best noisy logits are equal: of logits that are all
+equal it is about vocabulary / 2^33 for words of 32 bits, of others what float32 rounds together. Then CUDA graphs,
+replayed in turn.
 """
 
 from __future__ import annotations
@@ -56,15 +57,20 @@ def chi_square(draws: int = 10_000_000, vocabulary: int = 512) -> float:
     return float(chisquare(counts.cpu().numpy(), expected.cpu().numpy()).pvalue)
 
 
-def ties(draws: int = 10_000_000, rows: int = 1024, vocabulary: int = VOCABULARY) -> dict[str, float]:
-    """How often the greatest of as many equal logits is reached twice; two tokens of one tile are not told apart."""
-    h, weight = torch.zeros(rows, 16, device="cuda").half(), torch.zeros(vocabulary, 16, device="cuda").half()
+def ties(flat: bool, draws: int = 10_000_000, rows: int = 1024, vocabulary: int = VOCABULARY) -> dict[str, float]:
+    """How often the greatest of as many equal, or random, logits is reached twice; two tokens of one tile are not told
+    apart."""
+    torch.manual_seed(2)
+    h, weight = torch.randn(rows, 16, device="cuda").half(), torch.randn(vocabulary, 16, device="cuda").half() / 4
+    if flat:
+        h.zero_()
     heat, equal = torch.ones(rows, device="cuda"), torch.zeros((), device="cuda", dtype=torch.int64)
     for step in range(-(-draws // rows)):
         noisy = drawn(h, weight, heat, torch.tensor([11, step], device="cuda"), None, None, FLAT)[0]
         first, second = noisy.topk(2, 0).values
         equal += (first == second).sum()
-    return {"draws": step * rows + rows, "tied": int(equal), "expected_share": vocabulary / 2**33}
+    shown = {"draws": step * rows + rows, "tied": int(equal), "share": int(equal) / (step * rows + rows)}
+    return shown | ({"expected_share": vocabulary / 2**33} if flat else {})
 
 
 def multinomial(x: Tensor, weight: Tensor, heat: Tensor) -> Tensor:
@@ -99,7 +105,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/h200/sampling.json"))
     args = parser.parse_args()
-    ids, p, tied = {"all": parity(), f"{KEPT} kept": parity(10, KEPT)}, chi_square(), ties()
+    ids, p = {"all": parity(), f"{KEPT} kept": parity(10, KEPT)}, chi_square()
+    tied = {"random logits": ties(False), "equal logits": ties(True)}
     print(ids, "chi-square p", p, tied, flush=True)
     weights = [torch.randn(VOCABULARY, K, device="cuda", dtype=torch.bfloat16) / 64 for _ in range(2)]
     rows = []
