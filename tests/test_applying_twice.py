@@ -10,11 +10,15 @@ from torch import nn
 from taut.plans import plan_and_apply
 
 
+NOTHING = {("olmo2", "stock"), ("bert", "stock")}
+"""Norms behind blocks, read by the residual or an output: none folds (tests/rewrites/test_fold_norm.py counts)."""
+
+
 @pytest.mark.parametrize("form", ["stock", "taut"])
 @pytest.mark.parametrize("name", scales.some([*architectures.NAMES, *scales.OTHERS]))
 def test_a_second_plan_is_empty(name, form):
     plan, after = plan_and_apply(scales.traced(name)[1], form)
-    assert plan.applied
+    assert bool(plan.applied) == ((name, form) not in NOTHING)
     again, _ = plan_and_apply(after, form)
     assert again.steps == ()
 

@@ -238,7 +238,12 @@ programs = st.lists(
 )
 
 
+def module(site):
+    return site.where.partition("#")[0]
+
+
 def check(steps):
+    """Nothing is left to do, but where a division would have cancelled in a norm that has itself been deferred."""
     inputs = {"x": torch.randn(2, 6, W, generator=torch.Generator().manual_seed(4))}
     raw = trace(Program(steps).eval(), inputs)
     graph = lift(raw)
@@ -248,9 +253,16 @@ def check(steps):
     for rewrites in ((cancel_norm, defer_norm), (defer_norm,)):
         after = graph
         for rewrite in rewrites:
+            sites = rewrite.find(after)
+            waiting = {module(site) for site in sites if "cancel_norm leaves it out" in (site.refused or "")}
             after = rewrite.apply(after)
-            assert all(site.refused for site in rewrite.find(after))
+            assert {module(site) for site in rewrite.find(after) if not site.refused} <= waiting
         assert prove(raw, after, [inputs]).float64_error <= 1e-12
+
+
+def test_a_division_that_cancels_waits_for_cancel_norm():
+    """Deferred alone, the norm behind it takes that chance away, and it is deferred next."""
+    check([(0, 0, 0), (22, 0, 0), (0, 0, 0), (0, 0, 0)])
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
