@@ -9,7 +9,6 @@ from torch import nn
 
 from taut.plans import plan_and_apply
 
-
 NOTHING = {("olmo2", "stock"), ("bert", "stock")}
 """Norms behind blocks, read by the residual or an output: none folds (tests/rewrites/test_fold_norm.py counts)."""
 
