@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from taut.ops._numba.formats import BFLOAT16, FLOAT16, FLOAT32, INT4_FLOAT, INT4_HALF, INT8
 from taut.ops._numba.products import ACTS
-from taut.ops._numba.rows import BFLOAT16, FLOAT16, FLOAT32, INT4_FLOAT, INT4_HALF, INT8
 from taut.runtime._numba import table
 from taut.runtime._numba.dense import BLOCK, padded_to
 from taut.runtime._numba.place import MOST_CHUNKS, keys_a_chunk

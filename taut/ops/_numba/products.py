@@ -8,8 +8,10 @@ import numba as nb
 import numpy as np
 from numba import njit
 
+from taut.ops._numba.formats import share_of
+from taut.ops._numba.nibbles import WIDE, arrange, grouped
 from taut.ops._numba.parallel import shared
-from taut.ops._numba.rows import WIDE, arrange, dense, grouped, share_of
+from taut.ops._numba.rows import dense
 from taut.ops._numba.scalar import JIT, array, down, exp, overload, tanh, up
 
 ACTS = ("identity", "silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh")

@@ -1,4 +1,4 @@
-"""Products of a few tokens with the rows of a weight in any stored format: every row is read once, in order.
+"""Products of a few tokens with the rows of a weight of floats or int8: every row is read once, in order.
 
 Memory is read fastest as one stream a thread, so a row is finished before the next one is begun. Vectors of 16 lanes
 collect each product in an order that depends on nothing but its length, and are added in a fixed tree: a product does
@@ -10,16 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 
-from taut.ops._numba.scalar import FLOAT, INT32, JIT, array, intrinsic, span, splat, widen
+from taut.ops._numba.scalar import FLOAT, INT32, JIT, array, intrinsic, splat, widen
 from taut.ops._numba.simd import (
     BITS,
     FUSE,
-    GROUP,
     LANES,
     VECTOR,
     WORD,
@@ -38,17 +36,10 @@ AHEAD, LINE = 8192, 64
 """How far ahead to ask for memory, in bytes: the hardware alone loses the stream at the end of every page."""
 READ, SECOND_LEVEL, DATA = 0, 2, 1
 """Arguments of LLVM's prefetch."""
-FLOAT32, BFLOAT16, FLOAT16, INT8, INT4_HALF, INT4_FLOAT = range(6)
-"""Formats of a weight: three floating ones, int8 with a float32 scale a row, int4 with a scale a group of 32."""
 MANY = 4
 """Tokens from which on four rows are multiplied at once."""
-QUAD, WIDE = 4, 128
-"""Groups of int4 codes that fill a vector, and the inputs in them."""
 
-WORDS = ir.VectorType(INT32, LANES)
 Products = list[list[Any]]
-LOOKUP = bool(binding.get_host_cpu_features().get("avx512f"))
-"""Whether one instruction looks 16 values up in a table of 16."""
 
 
 def indices(*numbers: int) -> ir.Constant:
@@ -147,55 +138,6 @@ def dense_products(builder: Any, tag: types.Type, rows: list[Any], inputs: list[
     return [[tree(builder, [builder.load(chain) for chain in chains]) for chains in row] for row in sums]
 
 
-def decoded(builder: Any, words: Any) -> Any:
-    """code - 8 for the lowest 4 bits of 16 words."""
-    if LOOKUP:
-        steps = ir.Constant(VECTOR, [ir.Constant(FLOAT, n - 8.0) for n in range(16)])
-        kind = ir.FunctionType(VECTOR, [VECTOR, WORDS])
-        look = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.permvar.sf.512")
-        return builder.call(look, [steps, words])
-    # Or-ing a code below 2^23 into the bits of 2^23 makes 2^23 + code without a conversion.
-    codes = builder.or_(builder.and_(words, splat(WORDS, 15)), splat(WORDS, 0x4B000000))
-    return builder.fsub(builder.bitcast(codes, VECTOR), splat(VECTOR, 2.0**23 + 8))
-
-
-def int4_products(
-    builder: Any, tag: types.Type, rows: list[Any], scales: list[Any], inputs: list[Any], ahead: Any, groups: Any
-) -> Products:
-    """`dense_products` of int4 codes: four groups are a vector of words, whose nibbles are taken in turn."""
-    size, kind = BITS[tag] // 8, stored_type(tag)
-    sums = [zeros(builder, VECTOR, len(inputs)) for _ in rows]
-
-    def read(place: Any, kind: ir.Type, lanes: int, count: Any | None) -> Any:
-        if count is not None:
-            return load_first(builder, place, kind, lanes, builder.mul(count, ir.Constant(WORD, lanes // QUAD)))
-        return builder.load(builder.inttoptr(place, ir.VectorType(kind, lanes).as_pointer()), align=1)
-
-    def factor(scale: Any, start: Any, count: Any | None) -> Any:
-        values = read(at(builder, scale, (start, size)), kind, QUAD, count)
-        return widen(builder, builder.shuffle_vector(values, values, indices(*(n // QUAD for n in range(LANES)))), tag)
-
-    def block(start: Any, count: Any | None) -> None:
-        prefetch(builder, at(builder, ahead, (start, 16 * len(rows))), len(rows))
-        words = [read(at(builder, row, (start, 16)), INT32, LANES, count) for row in rows]
-        parts: list[list[list[Any]]] = [[[] for _ in inputs] for _ in rows]
-        for n in range(8):
-            seen = [at(builder, x, (start, 4 * GROUP), (n, 4 * LANES)) for x in inputs]
-            seen = [load(builder, place, types.float32, LANES) for place in seen]
-            for row, word in zip(parts, words, strict=True):
-                value = decoded(builder, builder.lshr(word, splat(WORDS, 4 * n)) if n else word)
-                for part, x in zip(row, seen, strict=True):
-                    product = builder.fmul(value, x, flags=FUSE)
-                    part.append(product if n < CHAINS else builder.fadd(part.pop(0), product, flags=FUSE))
-        for row, total, scale in zip(parts, sums, scales, strict=True):
-            scaling = factor(scale, start, count)
-            for part, place in zip(row, total, strict=True):
-                multiply_add(builder, place, tree(builder, part), scaling)
-
-    walk(builder, groups, QUAD, block)
-    return [[builder.load(total) for total in row] for row in sums]
-
-
 def put_sums(builder: Any, found: Products, out: Any, stride: Any, rows: Any) -> None:
     """out[t, j] = the sum of the lanes of found[j][t], for the first `rows` j of ROWS."""
     tokens = len(found[0])
@@ -257,53 +199,6 @@ def tile(_typing, tag, abreast, tokens, rows, w, w_stride, stop, after, x, x_str
     return types.void(tag, abreast, tokens, *[types.int64] * 10), generate
 
 
-@intrinsic(prefer_literal=True)
-def tile_int4(
-    _typing, tag, abreast, tokens, rows, w, w_stride, s, s_stride, stop, after, x, x_stride, groups, out, out_stride
-):
-    """`tile` of int4 codes in `groups` of 32 (16 bytes each, biased by 8), with a scale a group in the tag's format.
-
-    x is what `arrange` makes.
-    """
-    many, kind = tokens.literal_value, types.unliteral(tag)
-
-    def generate(_context, builder, _signature, args):
-        _, _, _, rows, w, w_stride, s, s_stride, stop, after, x, x_stride, groups, out, out_stride = args
-        inputs = [at(builder, x, (t, x_stride)) for t in range(many)]
-
-        def products(numbers: list[Any]) -> Products:
-            taken, scales = ([at(builder, p, (j, by)) for j in numbers] for p, by in ((w, w_stride), (s, s_stride)))
-            return int4_products(builder, kind, taken, scales, inputs, further(builder, taken[0], stop, after), groups)
-
-        put_products(builder, abreast.literal_value, many, rows, products, out, out_stride)
-
-    return types.void(tag, abreast, tokens, *[types.int64] * 12), generate
-
-
-@intrinsic
-def arrange(_typing, x, to, count):
-    """to = x in the order in which nibbles come out of words: the inputs of nibble 0 of 16 words, of nibble 1, ...
-
-    Of `count` floats, a multiple of 128; within each 128, lane 4g + q of vector 2b + h is input 32g + 16h + 4q + b.
-    """
-
-    def generate(context, builder, _signature, args):
-        x, to, count = args
-        pick = lambda a, b, lanes: builder.shuffle_vector(a, b, indices(*lanes))  # noqa: E731
-        with upto(builder, ir.Constant(WORD, 0), builder.sdiv(count, ir.Constant(WORD, WIDE))) as loop:
-            for h in range(2):
-                place = at(builder, x, (loop.index, 4 * WIDE), (h, 4 * LANES))
-                read = [load(builder, at(builder, place, (g, 4 * GROUP)), types.float32, LANES) for g in range(QUAD)]
-                for b in range(QUAD):
-                    lanes = [LANES * g + QUAD * q + b for g in range(2) for q in range(QUAD)]
-                    low, high = pick(read[0], read[1], lanes), pick(read[2], read[3], lanes)
-                    here = at(builder, to, (loop.index, 4 * WIDE), (2 * b + h, 4 * LANES))
-                    store(builder, pick(low, high, range(LANES)), here)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), generate
-
-
 @njit(**JIT)
 def tiles(rows, w, w_stride, stop, after, x, x_stride, tokens, k, out, out_stride, tag):
     """At most four rows by any number of tokens; many tokens are bound by arithmetic, a few by reading the weight."""
@@ -320,85 +215,9 @@ def tiles(rows, w, w_stride, stop, after, x, x_stride, tokens, k, out, out_strid
 
 
 @njit(**JIT)
-def tiles_int4(rows, w, w_stride, s, s_stride, stop, after, x, x_stride, tokens, groups, out, out_stride, tag):
-    t = 0
-    while t + 2 <= tokens:
-        seen, to = x + t * x_stride, out + t * out_stride
-        if rows == ROWS and tokens >= MANY:
-            tile_int4(tag, ROWS, 2, rows, w, w_stride, s, s_stride, stop, after, seen, x_stride, groups, to, out_stride)
-        else:
-            tile_int4(tag, 1, 2, rows, w, w_stride, s, s_stride, stop, after, seen, x_stride, groups, to, out_stride)
-        t += 2
-    if t < tokens:
-        seen, to = x + t * x_stride, out + t * out_stride
-        tile_int4(tag, 1, 1, rows, w, w_stride, s, s_stride, stop, after, seen, x_stride, groups, to, out_stride)
-
-
-@njit(**JIT)
 def dense(w, x, x_stride, tokens, k, first, last, out, out_stride, after, tag):
     size = k * array(w, 1, tag).itemsize
     stop = w + last * size
     for row in range(first, last, ROWS):
         rows, to = min(ROWS, last - row), out + 4 * (row - first)
         tiles(rows, w + row * size, size, stop, after, x, x_stride, tokens, k, to, out_stride, tag)
-
-
-@njit(**JIT)
-def grouped(w, s, x, x_stride, tokens, k, first, last, out, out_stride, after, tag):
-    groups = k // 32
-    size, wide = k // 2, groups * array(s, 1, tag).itemsize
-    stop = w + last * size
-    for row in range(first, last, ROWS):
-        rows, at, to = min(ROWS, last - row), w + row * size, out + 4 * (row - first)
-        tiles_int4(rows, at, size, s + row * wide, wide, stop, after, x, x_stride, tokens, groups, to, out_stride, tag)
-
-
-@njit(**JIT)
-def scale_rows(s, tokens, first, last, out, out_stride):
-    scales = array(s + 4 * first, last - first, np.float32(0))
-    for t in range(tokens):
-        row = array(out + t * out_stride, last - first, np.float32(0))
-        for i in range(last - first):
-            row[i] *= scales[i]
-
-
-@njit(**JIT)
-def products(form, w, s, x, x_stride, tokens, k, first, last, out, out_stride, after):
-    """out[t, r - first] = (row r of the weight) . x[t] for the rows from first to last; strides are in bytes.
-
-    `form` is one of the formats above; x is float32, its rows padded to a multiple of 16 with zeros, for int4 arranged.
-    `after` is where the caller will read next, which is fetched meanwhile.
-    """
-    if form == FLOAT32:
-        dense(w, x, x_stride, tokens, k, first, last, out, out_stride, after, np.float32(0))
-    elif form == BFLOAT16:
-        dense(w, x, x_stride, tokens, k, first, last, out, out_stride, after, np.uint16(0))
-    elif form == FLOAT16:
-        dense(w, x, x_stride, tokens, k, first, last, out, out_stride, after, np.int16(0))
-    elif form == INT8:
-        dense(w, x, x_stride, tokens, k, first, last, out, out_stride, after, np.int8(0))
-        scale_rows(s, tokens, first, last, out, out_stride)
-    elif form == INT4_HALF:
-        grouped(w, s, x, x_stride, tokens, k, first, last, out, out_stride, after, np.int16(0))
-    else:
-        grouped(w, s, x, x_stride, tokens, k, first, last, out, out_stride, after, np.float32(0))
-
-
-@njit(**JIT)
-def share_of(n, part, parts):
-    """The part-th share of n rows, in whole tiles."""
-    first, last = span((n + ROWS - 1) // ROWS, part, parts)
-    return first * ROWS, min(last * ROWS, n)
-
-
-@njit(**JIT)
-def place_of(form, w, k, row):
-    """Where a row of a weight of k inputs begins."""
-    size = k // 2
-    if form == FLOAT32:
-        size = 4 * k
-    elif form in (BFLOAT16, FLOAT16):
-        size = 2 * k
-    elif form == INT8:
-        size = k
-    return w + row * size

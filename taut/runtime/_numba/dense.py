@@ -8,8 +8,9 @@ import numba as nb
 import numpy as np
 from numba import njit
 
+from taut.ops._numba.formats import INT4_HALF, place_of, products, share_of
+from taut.ops._numba.nibbles import WIDE, arrange
 from taut.ops._numba.products import activate
-from taut.ops._numba.rows import INT4_HALF, WIDE, arrange, place_of, products, share_of
 from taut.ops._numba.scalar import JIT, array, span, tanh
 from taut.runtime._numba.table import CENTRED, PLAIN
 

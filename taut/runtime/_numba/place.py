@@ -7,7 +7,7 @@ import numpy as np
 from numba import njit
 
 from taut.ops._numba.decode import HIDDEN, chunk, merge
-from taut.ops._numba.rows import BFLOAT16, FLOAT16, FLOAT32, INT4_HALF, INT8
+from taut.ops._numba.formats import BFLOAT16, FLOAT16, FLOAT32, INT4_HALF, INT8
 from taut.ops._numba.scalar import JIT, array, down, span, up
 from taut.runtime._numba.dense import floats, scaled, statistics
 

@@ -1,0 +1,64 @@
+"""Products of a few tokens with the rows of a weight in any stored format."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from taut.ops._numba.nibbles import grouped
+from taut.ops._numba.rows import ROWS, dense
+from taut.ops._numba.scalar import JIT, array, span
+
+FLOAT32, BFLOAT16, FLOAT16, INT8, INT4_HALF, INT4_FLOAT = range(6)
+"""Formats of a weight: three floating ones, int8 with a float32 scale a row, int4 with a scale a group of 32."""
+
+
+@njit(**JIT)
+def scale_rows(s, tokens, first, last, out, out_stride):
+    scales = array(s + 4 * first, last - first, np.float32(0))
+    for t in range(tokens):
+        row = array(out + t * out_stride, last - first, np.float32(0))
+        for i in range(last - first):
+            row[i] *= scales[i]
+
+
+@njit(**JIT)
+def products(form, w, s, x, x_stride, tokens, k, first, last, out, out_stride, after):
+    """out[t, r - first] = (row r of the weight) . x[t] for the rows from first to last; strides are in bytes.
+
+    `form` is one of the formats above; x is float32, its rows padded to a multiple of 16 with zeros, for int4 arranged.
+    `after` is where the caller will read next, which is fetched meanwhile.
+    """
+    if form == FLOAT32:
+        dense(w, x, x_stride, tokens, k, first, last, out, out_stride, after, np.float32(0))
+    elif form == BFLOAT16:
+        dense(w, x, x_stride, tokens, k, first, last, out, out_stride, after, np.uint16(0))
+    elif form == FLOAT16:
+        dense(w, x, x_stride, tokens, k, first, last, out, out_stride, after, np.int16(0))
+    elif form == INT8:
+        dense(w, x, x_stride, tokens, k, first, last, out, out_stride, after, np.int8(0))
+        scale_rows(s, tokens, first, last, out, out_stride)
+    elif form == INT4_HALF:
+        grouped(w, s, x, x_stride, tokens, k, first, last, out, out_stride, after, np.int16(0))
+    else:
+        grouped(w, s, x, x_stride, tokens, k, first, last, out, out_stride, after, np.float32(0))
+
+
+@njit(**JIT)
+def share_of(n, part, parts):
+    """The part-th share of n rows, in whole tiles."""
+    first, last = span((n + ROWS - 1) // ROWS, part, parts)
+    return first * ROWS, min(last * ROWS, n)
+
+
+@njit(**JIT)
+def place_of(form, w, k, row):
+    """Where a row of a weight of k inputs begins."""
+    size = k // 2
+    if form == FLOAT32:
+        size = 4 * k
+    elif form in (BFLOAT16, FLOAT16):
+        size = 2 * k
+    elif form == INT8:
+        size = k
+    return w + row * size
