@@ -9,12 +9,14 @@ from pathlib import Path
 import architectures
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import taut
 from taut import machine
 from taut.benchmark import Bench, Eager, bench, run
 from taut.benchmark.run import _load
 from taut.checkpoint import BadInput
+from taut.cli import app
 from taut.layers import layers
 from taut.machine import Figure, Machine
 from taut.parity import bounded, forced, greedy, in_float64, same_function
@@ -191,6 +193,9 @@ def test_a_machine_without_a_gpu_is_told_so_before_anything_is_loaded(monkeypatc
     with pytest.raises(BadInput, match="no GPU") as caught:
         bench("no-such-model", device="cuda")
     assert "cpu" in caught.value.cure
+    said = CliRunner().invoke(app, ["bench", str(MODEL), "--device", "cuda"])
+    assert said.exit_code == 2
+    assert "no GPU" in said.stderr
 
 
 @pytest.fixture

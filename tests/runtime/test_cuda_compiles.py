@@ -56,10 +56,10 @@ def launches(monkeypatch) -> list:
     return found
 
 
-def layer(heads: int, kv_heads: int, d: int, **options) -> Program:
-    """One of a Llama, 576 wide, in bfloat16."""
+def layer(heads: int, kv_heads: int, d: int, dtype: torch.dtype = torch.bfloat16, **options) -> Program:
+    """One of a Llama, 576 wide."""
     q, kv, width, inner = heads * d, kv_heads * d, 576, 1536
-    matrix = lambda n, k: Weight(torch.zeros(n, k, dtype=torch.bfloat16))  # noqa: E731
+    matrix = lambda n, k: Weight(torch.zeros(n, k, dtype=dtype))  # noqa: E731
     widths = {"x": width, "qkv": q + 2 * kv, "a": q, "o": width, "g": inner, "y": width}
     views = View("qkv", 0, q), View("qkv", q, q + kv), View("qkv", q + kv, q + 2 * kv)
     angles, norm = torch.zeros(1024, d // 2), Norm(1e-5)
@@ -103,9 +103,9 @@ def test_a_row_behind_few_keys(launches, tmp_path):
     assert all(3 * registers <= REGISTERS and not spilled for made in found.values() for _, registers, spilled in made)
 
 
-@pytest.mark.parametrize("d", [64, 128])
-def test_a_row_behind_many_keys(launches, tmp_path, d: int):
-    found = played(layer(32, 8, d), 1, launches, tmp_path)
+@pytest.mark.parametrize(("d", "dtype"), [(64, torch.bfloat16), (128, torch.bfloat16), (64, torch.float32)], ids=str)
+def test_a_row_behind_many_keys(launches, tmp_path, d: int, dtype: torch.dtype):
+    found = played(layer(32, 8, d, dtype), 1, launches, tmp_path)
     programs, registers, spilled = found["attend"][0]
     assert programs == 8 * 16
     assert 2 * registers <= REGISTERS

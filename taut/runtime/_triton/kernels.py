@@ -105,7 +105,9 @@ class Kernels:
                     left = self._left(step)
                     launch.stretch(step, heads, where, positions, slots, left, self.near, self.pdl)
                     return
-                reach = self.far._replace(splits=self.splits(rows * step.kv_heads))
+                # float32 takes twice the registers: 64 keys of it are spilled to memory
+                keys = max(16, self.far.keys * 2 // where[0].element_size())
+                reach = self.far._replace(keys=keys, splits=self.splits(rows * step.kv_heads))
                 given = (*heads, self.buffer(step.out, rows)), where, positions, slots, (self.scratch, self.counters)
                 launch.attend(step, *given, reach, self.pdl)
             case Torch():
