@@ -38,9 +38,9 @@ def compile(
 
     `model` is a directory, a hub id or an nn.Module; `device` is "cpu" or "cuda". Weights stay as they are stored
     (`weights` None), or become "fp32", "bf16", "fp16" or, on a CPU, "int8" (a scale a row) or "int4" (groups of 32).
-    Activations and caches are float32 on a CPU, of the weights' dtype on a GPU. Raises BadInput with the cause and the
-    cure: for what is no model, a device that cannot be used, a step that cannot be exported or lowered, and what does
-    not fit.
+    Caches have the weights' dtype, float32 for int8 and int4; activations are float32 on a CPU, of the weights' dtype
+    on a GPU. Raises BadInput with the cause and the cure: for what is no model, a device that cannot be used, a step
+    that cannot be exported or lowered, and what does not fit.
     """
     if device != "cpu":
         gpu(device)

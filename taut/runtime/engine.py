@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from taut.checkpoint.errors import BadInput
+from taut.runtime.placed import dtype_of, gpu
 from taut.runtime.prompt import PromptRunner
 from taut.runtime.runner import Runner
 from taut.runtime.sampling import Sampling
@@ -191,10 +192,9 @@ def _runners(
 ) -> tuple[Runner | CudaRunner, PlainRunner]:
     """What runs one token of each sequence, and what runs many of one, over the same caches."""
     if device == "cpu":
-        runner = Runner(program, max_batch, cache_dtype)
+        runner = Runner(program, max_batch, cache_dtype or dtype_of(program))
         return runner, PromptRunner(program, runner.caches)
     from taut.runtime.cuda import CudaRunner, LongRunner
-    from taut.runtime.placed import gpu
 
     runner = CudaRunner(program, max_batch, cache_dtype, gpu(device))
     return runner, LongRunner(runner.program, runner.caches, runner.dtype)

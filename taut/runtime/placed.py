@@ -71,8 +71,8 @@ def matrices(program: Program, looked_up: bool = True) -> Iterator[Weight]:
 
 
 def dtype_of(program: Program) -> torch.dtype:
-    """The dtype of all matrices that are multiplied, or float32 where they differ."""
-    found = {weight.data.dtype for weight in matrices(program, looked_up=False)}
+    """The dtype of all matrices that are multiplied; float32 where they differ or are codes."""
+    found = {weight.data.dtype if weight.scale is None else torch.float32 for weight in matrices(program, False)}
     return found.pop() if len(found) == 1 else torch.float32
 
 
