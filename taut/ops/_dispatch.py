@@ -61,11 +61,14 @@ def choose(rows: int, n: int, k: int, dtype: torch.dtype) -> str | None:
     return "matvec" if rows <= entry.m1 else "flat" if rows <= entry.m2 else "library"
 
 
-@torch.compiler.assume_constant_result
 def _nearest(n: int, k: int, dtype: torch.dtype) -> Entry | None:
     near = [entry for entry in table(torch.get_num_threads()) if entry.dtype == _name(dtype)]
     distance = lambda e: abs(math.log(e.n / max(n, 1))) + abs(math.log(e.k / max(k, 1)))  # noqa: E731
     return min(near, key=distance, default=None)
+
+
+# What `torch.compiler.assume_constant_result` does. To call it is to import Dynamo, which takes over a second.
+_nearest.__dict__["_dynamo_marked_constant"] = True
 
 
 def padded_rows(rows: int, tile: int = TILE) -> int:
