@@ -59,8 +59,12 @@ class Rebuilt(Alike):
             box = part.piece.part
             first, last = max(start, box[0].start), min(stop, box[0].stop)
             if first < last:
-                value = _box_value(part, self.located, slice(first - box[0].start, last - box[0].start))
-                out[(slice(first - start, last - start), *box[1:])] = value
+                place = (slice(first - start, last - start), *box[1:])
+                within = slice(first - box[0].start, last - box[0].start)
+                if part.piece.in_order or part.change.scale is None:
+                    out[place] = _box_value(part, self.located, within)
+                else:
+                    out[place] *= _box_factors(part, within)
         return out
 
 
@@ -147,6 +151,15 @@ def _box_value(part: Part, located: Located, rows: slice) -> Tensor:
     order = [piece.axes.index(axis) for axis in range(len(piece.part)) if axis in piece.axes]
     value = value.permute(*order, *[a for a in range(value.ndim) if a not in order])
     return value.reshape([length(rows), *map(length, piece.part[1:])])
+
+
+def _box_factors(part: Part, rows: slice) -> Tensor:
+    """What scales some rows of a tensor's box whose order along its other axes is not the parameter's."""
+    assert part.change.scale is not None
+    along, vector = part.change.scale
+    axis, factors = part.piece.axes[along], vector[part.piece.inside[along]]
+    factors = factors[rows] if axis == 0 else factors
+    return factors.view([-1 if a == axis else 1 for a in range(len(part.piece.part))])
 
 
 def _added(parameter: str, located: Located, changes: Mapping[str, Change]) -> Edit:
