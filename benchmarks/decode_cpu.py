@@ -5,8 +5,9 @@
 
 All take turns of a few tokens after a prompt of 64; the time is the median over all turns. Slack is that time over
 the bytes that a token must read at the best read bandwidth found in the same run, before, between and after the turns;
-below 1 a cache served some of it. llama.cpp joins where `llama_cpp` and `gguf` can be imported. `--growth` measures
-taut alone against context and batch.
+below 1 a cache served some of it. `beside` is the same against a plain read right before and after each turn, the
+median over the turns: on a machine whose memory others use too, its speed changes by the second. llama.cpp joins where
+`llama_cpp` and `gguf` can be imported. `--growth` measures taut alone against context and batch.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from taut.machine import cpu_name, read_bandwidth, read_size
+from taut.ops._numba.read import read
 from taut.ops._weights import quantize
 from taut.runtime.runner import Runner
 from taut.runtime.steps import Attend, Embed, Glu, Linear, Norm, Program, Rotary, View, Weight
@@ -44,6 +46,7 @@ class Row:
     ms: float
     gb_per_s: float
     slack: float
+    beside: float
 
 
 def random_weights() -> Weights:
@@ -242,19 +245,33 @@ def check_parity(turns: dict[str, tuple[Turn, int]]) -> None:
 def interleaved(turns: dict[str, tuple[Turn, int]], rounds: int, tokens: int) -> tuple[list[Row], float]:
     """(rows, the best read bandwidth seen between the rounds)"""
     times: dict[str, list[float]] = {name: [] for name in turns}
+    beside: dict[str, list[float]] = {name: [] for name in turns}
     best = read_bandwidth(read_size(), seconds=0.3).value
+    values = torch.ones(read_size() // 4)
     for _ in range(rounds):
-        for name, (turn, _) in turns.items():
+        for name, (turn, least) in turns.items():
             turn(1)
-            start = time.perf_counter()
+            before, start = now_read(values), time.perf_counter()
             turn(tokens)
             times[name].append((time.perf_counter() - start) / tokens)
+            beside[name].append(times[name][-1] * (before + now_read(values)) / 2 / least)
         best = max(best, read_bandwidth(read_size(), seconds=0.1).value)
     rows = []
     for name, (_, least) in turns.items():
         seconds = statistics.median(times[name])
-        rows.append(Row(name, seconds * 1e3, least / seconds / 1e9, seconds * best / least))
+        rates = seconds * 1e3, least / seconds / 1e9
+        rows.append(Row(name, *rates, seconds * best / least, statistics.median(beside[name])))
     return rows, best
+
+
+def now_read(values: Tensor) -> float:
+    """Bytes a second of a plain read, the median of three."""
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        read(values.data_ptr(), values.numel(), torch.get_num_threads())
+        seconds.append(time.perf_counter() - start)
+    return values.nbytes / statistics.median(seconds)
 
 
 def growth(weights: Weights, form: str) -> list[dict[str, float]]:
@@ -337,7 +354,8 @@ def main() -> None:
         record |= {"bandwidth": best, "rows": [asdict(row) for row in rows]}
         print(f"{cpu_name()}, {torch.get_num_threads()} threads, read bandwidth {best / 1e9:.1f} GB/s")
         for row in rows:
-            print(f"{row.name:20} {row.ms:7.2f} ms  {row.gb_per_s:6.1f} GB/s  slack {row.slack:.2f}")
+            rates = f"{row.ms:7.2f} ms  {row.gb_per_s:6.1f} GB/s"
+            print(f"{row.name:20} {rates}  slack {row.slack:.2f}  beside a read {row.beside:.2f}")
     if options.json:
         Path(options.json).write_text(json.dumps(record, indent=1) + "\n")
 

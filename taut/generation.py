@@ -220,9 +220,7 @@ def with_transformers(
     try:
         own: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto", trust_remote_code=trusted).eval()
     except ValueError as error:
-        raise BadInput(
-            f"{path}: transformers has no causal language model for it", "name one that is"
-        ) from error
+        raise BadInput(f"{path}: transformers has no causal language model for it", "name one that is") from error
     own.to(device)
     given = {"inputs": torch.tensor([ids], device=device), "max_new_tokens": max_new_tokens, **sampling}
     tokens = _streamed(lambda streamer: own.generate(**given, streamer=streamer))

@@ -21,15 +21,19 @@ AHEAD = 20480
 
 
 @njit(**JIT)
-def score(q, group, d, k, k_stride, v, v_stride, count, scores, stride, k_tag):
-    """scores[h, j] = q[h] . k[j]; the rows of scores are `stride` bytes apart. Fetches the values meanwhile."""
+def score(q, group, d, k, k_stride, v, v_stride, count, stop, scores, stride, k_tag):
+    """scores[h, j] = q[h] . k[j]; the rows of scores are `stride` bytes apart.
+
+    Fetches the values meanwhile, and keys further on, which end at the address `stop`.
+    """
     whole = count // 4 * 4 if d % 16 == 0 else 0
     for h in range(0, group, 4):
         x, to, some = q + h * 4 * d, scores + h * stride, min(4, group - h)
         for j in range(0, whole, 4):
             rows, at = k + j * k_stride, to + 4 * j
             if h == 0:
-                fetch(rows + AHEAD, 4 * k_stride)
+                if rows + AHEAD < stop:
+                    fetch(rows + AHEAD, 4 * k_stride)
                 fetch(v + j * v_stride, 4 * v_stride)
             if some == 4:
                 tile(k_tag, 4, x, 4 * d, rows, k_stride, d, at, stride)
@@ -136,7 +140,8 @@ def chunk(q, group, d, k, k_stride, v, v_stride, dv, keys, first, last, cap, ali
         return
     stride = 4 * scores.shape[1]
     starts = k + first * k_stride, v + first * v_stride
-    score(q, group, d, starts[0], k_stride, starts[1], v_stride, count, scores.ctypes.data, stride, k_tag)
+    stop = k + keys * k_stride
+    score(q, group, d, starts[0], k_stride, starts[1], v_stride, count, stop, scores.ctypes.data, stride, k_tag)
     slopes = array(alibi, head + group, np.float32(0))
     for h in range(group):
         slope = slopes[head + h] if alibi else nb.float32(0)

@@ -73,6 +73,8 @@ def play(part, parts, steps, attends, first, last, rows, tokens, positions, slot
     for s in range(first, last):
         p = steps[s]
         a = attends[p.attend]
+        if p.code == TURN:  # the keys and values of earlier tokens stand there already
+            attend(a, rows, positions, slots, mine, part, parts, True)
         if p.wait and parts > 1:
             waits += 1
             wait_for(counter, waits * parts)
@@ -83,7 +85,7 @@ def play(part, parts, steps, attends, first, last, rows, tokens, positions, slot
         elif p.code == TURN:
             turn(a, rows, positions, slots, mine, part, parts)
         elif p.code == ATTEND:
-            attend(a, rows, positions, slots, mine, part, parts)
+            attend(a, rows, positions, slots, mine, part, parts, False)
         elif p.code == MERGE:
             merge_chunks(p, a, rows, positions, part, parts)
         elif p.code == NORMALIZE:

@@ -8,10 +8,13 @@ from numba import njit
 
 from taut.ops._numba.decode import HIDDEN, chunk, merge
 from taut.ops._numba.formats import BFLOAT16, FLOAT16, FLOAT32, INT4_HALF, INT8
+from taut.ops._numba.rows import fetch
 from taut.ops._numba.scalar import JIT, array, down, span, up
 from taut.runtime._numba.dense import floats, scaled, statistics
 
 LEAST_CHUNK, MOST_CHUNKS = 32, 32
+MOST_ASKED = 1 << 17
+"""Bytes of keys and values that a thread asks for early: a part of its second cache."""
 
 
 @njit(**JIT)
@@ -148,19 +151,36 @@ def attend_chunk(a, t, kv, c, lowest, step, position, slot, scratch, tag):
 
 
 @njit(**JIT)
-def attend(a, rows, positions, slots, scratch, part, parts):
-    """The chunks of keys of all heads of all rows, shared evenly among the threads."""
+def ask_chunk(a, kv, c, lowest, step, position, slot, asked):
+    """Fetch a chunk's keys and values; the bytes that have been asked for."""
+    first, size = lowest + c * step, 4 if a.cache_tag == FLOAT32 else 2
+    keys = min(step, position + 1 - first)
+    for cache, by_slot, by_head, d in (
+        (a.keys, a.keys_slot, a.keys_head, a.d),
+        (a.values, a.values_slot, a.values_head, a.dv),
+    ):
+        count = min(keys * d * size, MOST_ASKED - asked)
+        fetch(cache + slot * by_slot + kv * by_head + first * d * size, count)
+        asked += count
+    return asked
+
+
+@njit(**JIT)
+def attend(a, rows, positions, slots, scratch, part, parts, early):
+    """The chunks of keys of all heads of all rows, shared evenly among the threads; `early`, only ask for them."""
     pieces = 0
     for t in range(rows):
         pieces += a.kv_heads * chunks_of(a, positions[t])[2]
     begin, end = span(pieces, part, parts)
-    before = 0
+    before = asked = 0
     for t in range(rows):
         lowest, step, chunks = chunks_of(a, positions[t])
         mine = range(max(begin - before, 0), min(end - before, a.kv_heads * chunks))
         for piece in mine:
             kv, c = piece // chunks, piece % chunks
-            if a.cache_tag == FLOAT32:
+            if early:
+                asked = ask_chunk(a, kv, c, lowest, step, positions[t], slots[t], asked)
+            elif a.cache_tag == FLOAT32:
                 attend_chunk(a, t, kv, c, lowest, step, positions[t], slots[t], scratch, np.float32(0))
             elif a.cache_tag == BFLOAT16:
                 attend_chunk(a, t, kv, c, lowest, step, positions[t], slots[t], scratch, np.uint16(0))
