@@ -274,35 +274,40 @@ def now_read(values: Tensor) -> float:
     return values.nbytes / statistics.median(seconds)
 
 
-def growth(weights: Weights, form: str) -> list[dict[str, float]]:
-    """Time of a step against context (batch 1) and against batch (context 64)."""
+def growth(weights: Weights, form: str, rounds: int) -> list[dict[str, float]]:
+    """Time of a step against context (batch 1) and against batch (context 64).
+
+    `read` has the bytes that a plain read right before and after it would have read in that time.
+    """
     cache, found = torch.bfloat16 if form == "bf16" else torch.float32, []
-    runner = Runner(llama(weights, FORMATS[form]), 16, cache)
-    for keys, values in runner.caches:
+    runner, values = Runner(llama(weights, FORMATS[form]), 16, cache), torch.ones(read_size() // 4)
+    for keys, kept in runner.caches:
         keys.normal_()
-        values.normal_()
+        kept.normal_()
     points = [(context, 1) for context in (64, 256, 512, 1024, 2048, 4096)]
     points += [(64, batch) for batch in (2, 3, 4, 6, 8, 12, 16)]
-    times: dict[tuple[int, int], list[float]] = {point: [] for point in points}
-    for _ in range(8):
+    times: dict[tuple[int, int], list[tuple[float, float]]] = {point: [] for point in points}
+    for _ in range(rounds):
         for context, batch in points:
             slots = torch.arange(batch)
             inputs = slots + 5, torch.full((batch,), context - 1), slots
             runner.run(*inputs)
-            start = time.perf_counter()
+            before, start = now_read(values), time.perf_counter()
             runner.run(*inputs)
-            times[context, batch].append(time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            times[context, batch].append((seconds, seconds * (before + now_read(values)) / 2))
     for context, batch in points:
-        ms = statistics.median(times[context, batch]) * 1e3
+        ms, read_ = (statistics.median(column) for column in zip(*times[context, batch], strict=True))
         least = runner.bytes_a_token([context - 1] * batch)
-        found.append({"context": context, "batch": batch, "ms": ms, "bytes": least, "gb_per_s": least / ms / 1e6})
+        point = {"context": context, "batch": batch, "ms": ms * 1e3, "bytes": least, "read": read_}
+        found.append(point | {"gb_per_s": least / ms / 1e9})
     return found
 
 
-def cache_rate(points: list[dict[str, float]]) -> float:
-    """GB/s at which the longest context's cache was read, over and above the shortest's step."""
+def cache_share(points: list[dict[str, float]]) -> float:
+    """How fast the longest context's cache was read, over and above the shortest's step, beside plain reads."""
     alone = [point for point in points if point["batch"] == 1]
-    return (alone[-1]["bytes"] - alone[0]["bytes"]) / (alone[-1]["ms"] - alone[0]["ms"]) / 1e6
+    return (alone[-1]["bytes"] - alone[0]["bytes"]) / (alone[-1]["read"] - alone[0]["read"])
 
 
 def plot(grown: dict[str, list[dict[str, float]]], path: str) -> None:
@@ -335,14 +340,14 @@ def main() -> None:
     record |= {"python": platform.python_version(), "prompt": PROMPT}
     if options.growth:
         bandwidth = read_bandwidth(read_size(), seconds=0.5)
-        record |= {"bandwidth": asdict(bandwidth), "growth": {form: growth(weights, form) for form in formats}}
+        record |= {"bandwidth": asdict(bandwidth), "growth": {f: growth(weights, f, options.rounds) for f in formats}}
         for form, points in record["growth"].items():
             for p in points:
                 print(
                     f"{form} context {p['context']:5} batch {p['batch']:3} {p['ms']:7.2f} ms {p['gb_per_s']:6.1f} GB/s"
                 )
-            share = cache_rate(points) * 1e9 / bandwidth.value
-            print(f"{form}: the cache is read at {share:.0%} of {bandwidth.value / 1e9:.1f} GB/s")
+            share = cache_share(points)
+            print(f"{form}: the cache is read at {share:.0%} of a read beside it")
             record |= {f"cache_share_{form}": share}
         if options.plot:
             plot(record["growth"], options.plot)

@@ -116,8 +116,10 @@ def test_a_disk_that_is_really_full(tmp_path, small_disk, monkeypatch, foreseen)
 
 
 SLOW = """
-import sys, time, torch
+import signal, sys, time, torch
 from taut.checkpoint import open_checkpoint, write_checkpoint
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process that was started in the background ignores
 
 class Slow:
     shape, dtype = (64, 33), torch.bfloat16
