@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 ATTEND = 3
 """Records of the interpreter that an attention takes: turn, attend, merge."""
 
+LEAST = 4096
+"""Bytes below which the time is that of a call, and no slack is told."""
+
 LAYER = re.compile(r"^(.*?\.\d+)(?:\.|$)")
 ROUNDS = 9
 
@@ -46,9 +49,9 @@ class Layer:
     bytes_after: int
 
     def slack(self, bandwidth: float) -> tuple[float | None, float | None]:
-        """Before and after, time over the least time to read the bytes; None where nothing was timed or read."""
-        before = self.before * bandwidth / self.bytes_before if self.before and self.bytes_before else None
-        return before, self.after * bandwidth / self.bytes_after if self.bytes_after else None
+        """Before and after, time over the least time to read the bytes; None where nothing was timed or hardly read."""
+        before = self.before * bandwidth / self.bytes_before if self.before and self.bytes_before >= LEAST else None
+        return before, self.after * bandwidth / self.bytes_after if self.bytes_after >= LEAST else None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -68,7 +71,7 @@ def layers(engine: Engine, model: nn.Module, step: Callable[[], object], positio
     after, read = _of_program(engine, position)
     before = _of_modules(model, list(after), step)
     modules = dict(model.named_modules())
-    held = {name: sum(p.nbytes for p in modules[name].parameters()) if name in modules else 0 for name in after}
+    held = {name: _held(modules[name]) if name in modules else 0 for name in after}
     return [Layer(name, before.get(name), seconds, held[name], read[name]) for name, seconds in after.items()]
 
 
@@ -123,6 +126,12 @@ class _Clock(Runner):
             return self.bytes_a_token([position])
         finally:
             self.program = whole
+
+
+def _held(module: nn.Module) -> int:
+    """Bytes of its parameters that a token reads: a row of an embedding, all of the others."""
+    tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    return sum(p[0].nbytes if id(p) in tables else p.nbytes for p in module.parameters())
 
 
 def _of_modules(model: nn.Module, names: Sequence[str], step: Callable[[], object]) -> dict[str, float]:

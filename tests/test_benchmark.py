@@ -174,6 +174,9 @@ def test_every_layer_is_timed_before_and_after():
     held = sum(p.nbytes for p in model.model.layers[1].parameters())
     assert one.bytes_before == held
     cache = 2 * 2 * 8 * 4 * 4  # keys and values of four positions, two heads of eight
+    rows = found["model.embed_tokens"]
+    assert rows.bytes_before == rows.bytes_after == model.model.embed_tokens.weight[0].nbytes
+    assert rows.slack(1e9) == (None, None)  # so few bytes are read in no time
     assert one.bytes_after == held - 2 * 48 * 4 + cache  # the norms' gains are not counted
     assert one.before is not None
     assert one.before > one.after > 0

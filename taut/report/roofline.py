@@ -94,12 +94,17 @@ def _names(axes: _Axes, points: Sequence[Point]) -> list[str]:
     """Names of the ops that take most of the time, where they do not run into each other."""
     written: list[tuple[float, float]] = []
     names = []
-    for point in sorted(points, key=lambda p: -p.share):
-        x, y = axes.x(point.intensity), axes.y(point.rate) + _radius(point) + 15
-        free = y < HEIGHT - BOTTOM and all(abs(y - v) > 16 or abs(x - u) > 110 for u, v in written)
+    for point in sorted(points, key=lambda p: (-p.share, p.open)):
+        x, middle, away = axes.x(point.intensity), axes.y(point.rate), _radius(point)
+        free = [y for y in (middle + away + 15, middle - away - 7) if _free(x, y, written)]
         if point.share >= 0.02 and free:
-            written.append((x, y))
+            written.append((x, free[0]))
             anchor, at = ("end", x + 6) if x + 8 * len(point.name) > WIDTH - RIGHT else ("start", x - 6)
-            place = f'x="{at:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+            place = f'x="{at:.1f}" y="{free[0]:.1f}" text-anchor="{anchor}"'
             names.append(f'<text class="name" {place}>{escape(point.name)}</text>')
     return names
+
+
+def _free(x: float, y: float, written: Sequence[tuple[float, float]]) -> bool:
+    """Whether a name at a place is inside of the drawing and runs into no other."""
+    return TOP + 12 < y < HEIGHT - BOTTOM and all(abs(y - v) > 16 or abs(x - u) > 110 for u, v in written)
