@@ -201,13 +201,25 @@ def with_transformers(
     max_new_tokens: int,
     spent: Spent,
     device: str = "cpu",
+    weights: str | None = None,
+    max_length: int | None = None,
     **options: Any,
 ) -> Iterator[str]:
     """The same from transformers' own generate, for models whose step taut cannot compile.
 
-    Raises BadInput for a checkpoint in taut form, which transformers cannot load, and for a model that is not causal.
+    Raises BadInput for a checkpoint in taut form, which transformers cannot load, for a model that is not causal, for
+    `weights` that it does not have, and for a prompt that leaves no room in `max_length`.
     """
-    path = checkpoint.path
+    from taut.runtime.compiling import WIDTHS
+
+    path, most = checkpoint.path, max_new_tokens
+    if weights is not None and weights not in WIDTHS:
+        raise BadInput(f"transformers, which would generate, has no weights {weights!r}", f"take {', '.join(WIDTHS)}")
+    if max_length is not None:
+        if len(ids) >= max_length:
+            cause = f"{len(ids)} tokens, where {max_length - 1} fit into a window of {max_length}"
+            raise BadInput(cause, "shorten the prompt, or ask for a larger max_length")
+        most = min(most, max_length - len(ids))
     if ((checkpoint.prior.record or {}).get("plan") or {}).get("form") == "taut":
         raise BadInput(f"{path} is in taut form, which transformers cannot load", "generate from the original")
     import torch
@@ -218,14 +230,15 @@ def with_transformers(
     sampling = {"do_sample": True, **drawn} if drawn.get("temperature") else {"do_sample": False}
     trusted = checkpoint.trust_remote_code
     try:
-        own: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto", trust_remote_code=trusted).eval()
+        dtype = WIDTHS[weights] if weights else "auto"
+        own: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trusted).eval()
     except ValueError as error:
         raise BadInput(f"{path}: transformers has no causal language model for it", "name one that is") from error
     own.to(device)
-    given = {"inputs": torch.tensor([ids], device=device), "max_new_tokens": max_new_tokens, **sampling}
+    given = {"inputs": torch.tensor([ids], device=device), "max_new_tokens": most, **sampling}
     tokens = _streamed(lambda streamer: own.generate(**given, streamer=streamer))
     spent.prompt_tokens = len(ids)
-    yield from pieces(_timed(itertools.islice(tokens, len(ids), None), max_new_tokens, spent), tokenizer)
+    yield from pieces(_timed(itertools.islice(tokens, len(ids), None), most, spent), tokenizer)
 
 
 def _streamed(run: Callable[[Any], Any]) -> Iterator[int]:

@@ -39,10 +39,11 @@ class Text:
 
     def _with_transformers(self) -> Iterator[str]:
         asked = {name: self.opening[name] for name in ("revision", "trust_remote_code")}
-        checkpoint, device = open_checkpoint(self.model, **asked), self.opening["device"]
+        kept = {name: self.opening[name] for name in ("device", "weights", "max_length")}
+        checkpoint = open_checkpoint(self.model, **asked)
         tokenizer = generation.tokenizer_of(checkpoint.path)
         ids = generation.encode(checkpoint.path, tokenizer, self.prompt, self.chat)
-        return generation.with_transformers(checkpoint, ids, tokenizer, spent=self.spent, device=device, **self.drawing)
+        return generation.with_transformers(checkpoint, ids, tokenizer, spent=self.spent, **kept, **self.drawing)
 
     def write(self, as_json: bool) -> None:
         if self.fallback:

@@ -140,6 +140,22 @@ def test_the_fallback_draws_and_tells_as_one_object(refused):
     assert 0 < one["tokens"] <= 6
 
 
+@pytest.mark.parametrize(
+    ("args", "cause"),
+    [(("--weights", "int8"), "has no weights 'int8'"), (("--max-length", "2"), "fit into a window of 2")],
+)
+def test_the_fallback_refuses_what_it_cannot_do(refused, args, cause):
+    done = run(str(refused), "--prompt", PROMPT, *args)
+    assert done.exit_code == 2
+    assert cause in done.stderr
+
+
+def test_the_fallback_keeps_to_the_window_and_the_dtype(refused):
+    room = len(generation.tokenizer_of(refused).encode(PROMPT)) + 3
+    done = run(str(refused), "--prompt", PROMPT, "--max-length", str(room), "--weights", "bf16", "--json")
+    assert json.loads(done.stdout)["tokens"] <= 3
+
+
 def test_in_python_nothing_falls_back(refused):
     with pytest.raises(BadInput, match="cannot be exported"):
         list(taut.generate(refused, PROMPT, max_new_tokens=2))
