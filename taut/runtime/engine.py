@@ -23,7 +23,9 @@ CHUNK = 512
 """Tokens of a prompt that are run at once."""
 
 FEW = 4
-"""Up to as many tokens the interpreter runs a prompt; beyond that torch's products, which read a weight once, pay."""
+"""Up to as many tokens run one by one at the least; beyond that torch's products, which read a weight once, may pay."""
+START, STEP, RATE = 1e-4, 2e-6, 6e10
+"""Seconds that torch takes to begin a step of a prompt and the interpreter one of a token; bytes it reads a second."""
 
 Ids = Sequence[int] | Tensor
 
@@ -48,6 +50,7 @@ class Engine:
         self.device = self.many.caches[0][0].device
         self.lengths = [0] * max_batch
         self.stop = frozenset(stop)
+        self.few = _few(program, self.runner.bytes_a_token([0])) if device == "cpu" else FEW
 
     def prefill(self, ids: Ids, slot: int = 0) -> Tensor:
         """Append tokens to the sequence in a slot; float32 logits (vocabulary,) after the last of them.
@@ -67,7 +70,7 @@ class Engine:
 
     def _run(self, tokens: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
         """The last row's logits."""
-        if len(tokens) > FEW:
+        if len(tokens) > self.few:
             given = (t.to(self.device) for t in (tokens, positions, slots, torch.tensor([len(tokens) - 1])))
             return self.many.run(*given)[-1].float()
         for i in range(len(tokens) - 1):
@@ -198,6 +201,16 @@ def _runners(
 
     runner = CudaRunner(program, max_batch, cache_dtype, gpu(device))
     return runner, LongRunner(runner.program, runner.caches, runner.dtype)
+
+
+def _few(program: Program, read: int) -> int:
+    """Up to how many tokens of a prompt run one by one, each reading so many bytes.
+
+    A small model's prompt costs what it takes to begin its steps. The rule looks at no clock, so that every run of a
+    prompt rounds the same.
+    """
+    steps = len(program.steps)
+    return max(FEW, int(steps * START / (steps * STEP + read / RATE)))
 
 
 def _is_batch(ids: Sequence) -> bool:

@@ -11,7 +11,7 @@ import torch
 import taut
 from taut.checkpoint import BadInput
 from taut.runtime import saved
-from taut.runtime.engine import Engine
+from taut.runtime.engine import Engine, _few
 from taut.shrink import tiny_model
 
 DEMO = Path(taut.__file__).parent / "demo" / "model"
@@ -88,6 +88,17 @@ def test_prefill_in_one_piece_in_chunks_and_token_by_token_agree(engine):
     single = engine.prefill(prompt[-1:], 2)
     torch.testing.assert_close(chunks, whole)
     torch.testing.assert_close(single, whole)
+
+
+def test_a_short_prompt_of_a_small_model_runs_token_by_token(engine, monkeypatch):
+    """Its products cost less than to begin them; a large model reads its weights once for all tokens."""
+    assert 4 < engine.few < 50
+    assert _few(engine.program, 10**9) == 4
+    monkeypatch.setattr(engine.many, "run", None)
+    engine.reset()
+    engine.prefill(ids(engine.few), 0)
+    with pytest.raises(TypeError, match="not callable"):
+        engine.prefill(ids(engine.few + 1), 1)
 
 
 def test_sampled_tokens_follow_from_the_seed_in_any_batch(engine):
