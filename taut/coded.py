@@ -12,6 +12,8 @@ from taut.ops._weights import GROUP, dequantize, quantize
 from taut.values import Read, Rows, Value
 
 BITS = {"int8": 8, "int4": 4}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""How weights may be kept, by name: as codes of so many bits, or in a dtype."""
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from taut.checkpoint import BadInput, Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
+    from taut.machine import Progress
     from taut.runtime.engine import Engine
-
-Progress = Callable[[str], None]
 
 
 @dataclass
@@ -210,15 +209,14 @@ def with_transformers(
     Raises BadInput for a checkpoint in taut form, which transformers cannot load, for a model that is not causal, for
     `weights` that it does not have, and for a prompt that leaves no room in `max_length`.
     """
-    from taut.runtime.compiling import WIDTHS
+    from taut.coded import DTYPES
+    from taut.runtime.runner import check_window
 
     path, most = checkpoint.path, max_new_tokens
-    if weights is not None and weights not in WIDTHS:
-        raise BadInput(f"transformers, which would generate, has no weights {weights!r}", f"take {', '.join(WIDTHS)}")
+    if weights is not None and weights not in DTYPES:
+        raise BadInput(f"transformers, which would generate, has no weights {weights!r}", f"take {', '.join(DTYPES)}")
     if max_length is not None:
-        if len(ids) >= max_length:
-            cause = f"{len(ids)} tokens, where {max_length - 1} fit into a window of {max_length}"
-            raise BadInput(cause, "shorten the prompt, or ask for a larger max_length")
+        check_window(len(ids), max_length - 1, max_length)
         most = min(most, max_length - len(ids))
     if ((checkpoint.prior.record or {}).get("plan") or {}).get("form") == "taut":
         raise BadInput(f"{path} is in taut form, which transformers cannot load", "generate from the original")
@@ -230,7 +228,7 @@ def with_transformers(
     sampling = {"do_sample": True, **drawn} if drawn.get("temperature") else {"do_sample": False}
     trusted = checkpoint.trust_remote_code
     try:
-        dtype = WIDTHS[weights] if weights else "auto"
+        dtype = DTYPES[weights] if weights else "auto"
         own: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trusted).eval()
     except ValueError as error:
         raise BadInput(f"{path}: transformers has no causal language model for it", "name one that is") from error

@@ -24,10 +24,11 @@ from taut import machine as machines
 from taut.benchmark.results import Bench, Timed
 from taut.benchmark.runners import Compiled, Eager, Engine, Ours
 from taut.checkpoint import BadInput, open_checkpoint
-from taut.coded import BITS
+from taut.coded import BITS, DTYPES
 from taut.cost import Cost, Workload, cost
 from taut.lossy import DRAWS
 from taut.machine import Figure
+from taut.on_disk import Progress
 from taut.op import Work
 from taut.parity import Parity, Runner, bounded, forced, greedy, in_float64, same_function
 from taut.plans import Plan
@@ -36,13 +37,10 @@ from taut.runtime.placed import ON_CPU, gpu
 if TYPE_CHECKING:
     from taut.layers import Layer
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 STORED = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5 + 2 / 32}
 """Bytes of a weight as it lies in memory; int4 has a scale of two bytes a group of 32."""
 POSITIONS = 16
 """What is done to a decoding step does not depend on how many there are."""
-
-Progress = Callable[[str, int, int], None]
 
 
 def bench(

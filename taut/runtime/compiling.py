@@ -9,17 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from taut.checkpoint.errors import BadInput
-from taut.coded import BITS, with_noise
+from taut.coded import BITS, DTYPES, with_noise
+from taut.machine import Progress
 from taut.ops._weights import GROUP, quantize
 from taut.runtime.engine import Engine
-from taut.runtime.exporting import CannotCompile, Progress, module_graph
+from taut.runtime.exporting import CannotCompile, module_graph
 from taut.runtime.lower import CannotLower, lower
 from taut.runtime.parts import Convert
 from taut.runtime.placed import gpu
 from taut.runtime.steps import Weight
 from taut.runtime.stored import checkpoint_graph
-
-WIDTHS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def compile(
@@ -68,11 +67,11 @@ def converter(weights: str | Convert | None) -> Convert:
         return Weight
     if not isinstance(weights, str):
         return weights
-    if weights in WIDTHS:
-        return lambda matrix: Weight(matrix.to(WIDTHS[weights]))
+    if weights in DTYPES:
+        return lambda matrix: Weight(matrix.to(DTYPES[weights]))
     if weights in BITS:
         return partial(_quantized, weights)
-    raise BadInput(f"no weights {weights!r}", f"take one of {', '.join([*WIDTHS, *BITS])}")
+    raise BadInput(f"no weights {weights!r}", f"take one of {', '.join([*DTYPES, *BITS])}")
 
 
 def _quantized(weights: str, matrix: Tensor) -> Weight:

@@ -11,7 +11,7 @@ from torch import Tensor
 from taut.checkpoint.errors import BadInput
 from taut.runtime.placed import dtype_of, gpu
 from taut.runtime.prompt import PromptRunner
-from taut.runtime.runner import Runner
+from taut.runtime.runner import Runner, check_window
 from taut.runtime.sampling import Sampling
 from taut.runtime.steps import Program, Torch
 
@@ -183,10 +183,7 @@ class Engine:
             raise BadInput(
                 f"token id {wrong} is out of range: the model knows 0 to {(known or 0) - 1}", "use its tokenizer"
             )
-        room = self.max_length - self.lengths[slot] - more
-        if len(tokens) > room:
-            cause = f"{len(tokens)} tokens, where {max(room, 0)} more fit into a window of {self.max_length}"
-            raise BadInput(cause, "shorten the prompt, or compile with a larger max_length")
+        check_window(len(tokens), self.max_length - self.lengths[slot] - more, self.max_length)
         return tokens
 
 

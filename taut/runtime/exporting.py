@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from taut.checkpoint.errors import BadInput
 from taut.graph import Graph
+from taut.machine import Progress
 
 WINDOW = 2048
 """Positions that a slot has by default, where the model allows as many."""
-
-Progress = Callable[[str], None]
 
 
 class CannotCompile(BadInput):

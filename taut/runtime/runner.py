@@ -116,6 +116,13 @@ def check_rows(given: Sequence[Tensor], limits: tuple[int | None, int, int]) -> 
     return rows
 
 
+def check_window(tokens: int, room: int, window: int) -> None:
+    """Raises BadInput where tokens do not fit into what room is left of a window."""
+    if tokens > room:
+        cause = f"{tokens} tokens, where {max(room, 0)} more fit into a window of {window}"
+        raise BadInput(cause, "shorten the prompt, or ask for a larger max_length")
+
+
 def make_caches(program: Program, slots: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
     """(keys, values) of every cache layer. Raises BadInput for another dtype, or before taking more than is free."""
     if dtype not in CACHE_DTYPES:

@@ -15,8 +15,9 @@ from taut.checkpoint import Checkpoint, open_checkpoint
 from taut.checkpoint.names import assemble
 from taut.checkpoint.probe import Piece, whole
 from taut.graph import Graph
+from taut.machine import Progress
 from taut.runtime import saved
-from taut.runtime.exporting import Progress, bind, step_graph, stop_tokens, window
+from taut.runtime.exporting import bind, step_graph, stop_tokens, window
 
 
 def checkpoint_graph(

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from taut.ops._triton.launch import Config, _even, _source
+from taut.ops._triton.launch import Config, even, source
 from taut.ops._triton.products import FIRST_WAVE, prefetch, tile
 from taut.ops._triton.start import interpreted, options
 
@@ -215,15 +215,15 @@ def project(
     if config.tokens == 0:
         sizes = n, k, weight.stride(0), eps, config.ahead, config.outputs, config.inputs
         matvec[(triton.cdiv(n, config.outputs),)](
-            *(x, weight, sums, bias, residual, y, *sizes, _even(weight), config.stages, pdl),
+            *(x, weight, sums, bias, residual, y, *sizes, even(weight), config.stages, pdl),
             **options(config.warps, config.stages, pdl),
         )
         return y
     sums = weight.sum(1, dtype=torch.float32) if sums is None else sums
-    tma, split = _even(x) and _even(weight), min(config.split, triton.cdiv(k, config.inputs))
+    tma, split = even(x) and even(weight), min(config.split, triton.cdiv(k, config.inputs))
     room = (n + 2) * tokens * split if split > 1 else 0
     partial = torch.empty(room, dtype=torch.float32, device=x.device) if room else None
-    sources = _source(x, config.tokens, config, tma), _source(weight, config.outputs, config, tma)
+    sources = source(x, config.tokens, config, tma), source(weight, config.outputs, config, tma)
     product[(triton.cdiv(n, config.outputs), triton.cdiv(tokens, config.tokens), split)](
         *(*sources, x, weight, sums, bias, residual, y, partial, tokens, n, k, x.stride(0), weight.stride(0), eps),
         *(config.ahead, config.outputs, config.tokens, config.inputs, split, tma, pdl),

@@ -54,16 +54,16 @@ def project(
     if delta is not None or gain is not None:
         x, eps = _summed_and_normed(x, gain, eps, delta, stream), None
     (tokens, k), n, pdl = x.shape, len(weight), config.ahead >= 0 and not interpreted()
-    tma = all(_even(t) for t in (x, weight, up) if t is not None)
+    tma = all(even(t) for t in (x, weight, up) if t is not None)
     split = min(config.split, triton.cdiv(k, config.inputs))
     parts = 1 if up is None else 2
     room = (parts * n + 1) * tokens * split if split > 1 else 0
     partial = torch.empty(room, dtype=torch.float32, device=x.device) if room else None
-    sources = _source(x, config.tokens, config, tma), _source(weight, config.outputs, config, tma)
+    sources = source(x, config.tokens, config, tma), source(weight, config.outputs, config, tma)
     grid = triton.cdiv(n, config.outputs), triton.cdiv(tokens, config.tokens), split
     products.product[grid](
         *sources,
-        None if up is None else _source(up, config.outputs, config, tma),
+        None if up is None else source(up, config.outputs, config, tma),
         *(bias, residual, y, partial, weight, up),
         *(tokens, n, k, x.stride(0), weight.stride(0), 0 if up is None else up.stride(0), eps or 0.0),
         *(config.ahead, eps is not None, act, config.outputs, config.tokens, config.inputs, split, tma, pdl),
@@ -107,18 +107,20 @@ def _matvec(x, weight, y, config, up, act, gain, bias, residual, eps, delta, str
             0 if up is None else up.stride(0),
         ),
         *(eps or 0.0, config.ahead, eps is not None, act, config.outputs, config.inputs),
-        *(all(_even(t) for t in (weight, up) if t is not None), config.stages, pdl),
+        *(all(even(t) for t in (weight, up) if t is not None), config.stages, pdl),
         **options(config.warps, config.stages, pdl),
     )
     return y
 
 
-def _even(t: Tensor) -> bool:
-    """Whether the copy engine takes the matrix: every row begins at a multiple of 16 bytes and is one."""
-    return t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 and t.shape[1] % 8 == 0 and t.stride(1) == 1
+def even(t: Tensor) -> bool:
+    """Whether every row begins at a multiple of 16 bytes and is one, as the copy engine and the prefetch need it."""
+    unit = 16 // t.element_size()
+    return t.data_ptr() % 16 == 0 and t.stride(0) % unit == 0 and t.shape[1] % unit == 0 and t.stride(1) == 1
 
 
-def _source(t: Tensor, rows: int, config: Config, tma: bool) -> Tensor | TensorDescriptor:
+def source(t: Tensor, rows: int, config: Config, tma: bool) -> Tensor | TensorDescriptor:
+    """What a product reads tiles of `rows` rows from: a descriptor for the copy engine, or the matrix."""
     return TensorDescriptor.from_tensor(t, [rows, config.inputs]) if tma else t
 
 
@@ -228,13 +230,13 @@ def drawn(
 ) -> tuple[Tensor, ...]:
     """What `sampling.draw_tiles` writes."""
     (batch, k), vocabulary, pdl = x.shape, len(weight), config.ahead >= 0 and not interpreted()
-    tma = _even(x) and _even(weight)
+    tma = even(x) and even(weight)
     tiles = triton.cdiv(vocabulary, config.outputs)
     parts = torch.empty(3, tiles, batch, dtype=torch.float32, device=x.device)
     size = (batch, tiles, kept) if kept else (tiles, batch)
     ids = torch.empty(size, dtype=torch.int64 if kept else torch.int32, device=x.device)
     sampling.draw_tiles[(tiles, triton.cdiv(batch, config.tokens))](
-        *(_source(x, config.tokens, config, tma), _source(weight, config.outputs, config, tma), weight),
+        *(source(x, config.tokens, config, tma), source(weight, config.outputs, config, tma), weight),
         *(temperature, mask, key, parts[0], ids, parts[1], parts[2], batch, vocabulary, k),
         *(0 if mask is None else mask.stride(0), x.stride(0), weight.stride(0), eps or 0.0, config.ahead),
         *(eps is not None, kept, config.outputs, config.tokens, config.inputs, tma, pdl),

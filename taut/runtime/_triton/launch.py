@@ -7,9 +7,8 @@ from typing import NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from taut.ops._triton.launch import Config
+from taut.ops._triton.launch import Config, even, source
 from taut.runtime._triton import attend as attending
 from taut.runtime._triton import dense, place
 from taut.runtime._triton import stretches as stretching
@@ -67,7 +66,7 @@ def one(
     dense.one[(triton.cdiv(n, config.outputs),)](
         *(*row[:2], weight, up, gain, shift, after.bias, after.up_bias, after.residual, y, n, k, weight.stride(0)),
         *(0 if up is None else up.stride(0), norm.eps if norm else 0.0, after.scale, after.cap or 1.0),
-        *(config.ahead if _even(weight) and (up is None or _even(up)) else 0, kind, centred, after.activation),
+        *(config.ahead if even(weight) and (up is None or even(up)) else 0, kind, centred, after.activation),
         *(after.cap is not None, *row[2:], config.outputs, size if whole else config.inputs, tail, whole, pdl),
         **options(config, pdl),
     )
@@ -78,17 +77,17 @@ def many(
 ) -> None:
     """The same of rows: x [rows, k], y [rows, n]; the norm has neither gain nor shift and is not centred."""
     (rows, k), n = x.shape, len(weight)
-    tma = all(_even(t) for t in (x, weight, up) if t is not None) and x.dtype == weight.dtype
+    tma = all(even(t) for t in (x, weight, up) if t is not None) and x.dtype == weight.dtype
     split, parts = min(config.split, triton.cdiv(k, config.inputs)), 1 if up is None else 2
     room = (parts * n + 1) * rows * split if split > 1 else 0
     partial = torch.empty(room, dtype=torch.float32, device=x.device) if room else None
-    source = lambda t, size: TensorDescriptor.from_tensor(t, [size, config.inputs]) if tma else t  # noqa: E731
     residual, kind = after.residual, RMS if norm else PLAIN
     strides = 0 if residual is None else residual.stride(0), y.stride(0)
     numbers = norm.eps if norm else 0.0, after.scale, after.cap or 1.0
     dense.many[(triton.cdiv(n, config.outputs), triton.cdiv(rows, config.tokens), split)](
-        *(source(x, config.tokens), source(weight, config.outputs)),
-        *(None if up is None else source(up, config.outputs), after.bias, after.up_bias, residual, y, partial),
+        *(source(x, config.tokens, config, tma), source(weight, config.outputs, config, tma)),
+        None if up is None else source(up, config.outputs, config, tma),
+        *(after.bias, after.up_bias, residual, y, partial),
         *(weight, up, rows, n, k, x.stride(0), weight.stride(0), 0 if up is None else up.stride(0), *strides),
         *(*numbers, config.ahead, kind, after.activation, after.cap is not None),
         *(config.outputs, config.tokens, config.inputs, split, tma, pdl),
@@ -210,9 +209,3 @@ def _norm(norm: Norm | None) -> tuple[int, Tensor | None, Tensor | None, bool]:
     if norm is None:
         return PLAIN, None, None, False
     return FULL if norm.centred or norm.bias is not None else RMS, norm.gain, norm.bias, norm.centred
-
-
-def _even(t: Tensor) -> bool:
-    """Whether every row begins at a multiple of 16 bytes and is one, as the copy engine and the prefetch need it."""
-    unit = 16 // t.element_size()
-    return t.data_ptr() % 16 == 0 and t.stride(0) % unit == 0 and t.shape[1] % unit == 0 and t.stride(1) == 1
