@@ -8,6 +8,7 @@ by structure, which is how two sites that want the same rewrite of a shared para
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -19,12 +20,12 @@ Read = Callable[[str, Rows], Tensor]
 """Reads (some rows of) an original tensor by name, in any dtype."""
 
 
-class Value:
+class Value(ABC):
     """An expression: a frozen dataclass, whose fields hold what it is made of."""
 
+    @abstractmethod
     def evaluate(self, read: Read, rows: Rows = None) -> Tensor:
         """In float64; `rows` are along the first axis, None for all of them."""
-        raise NotImplementedError
 
     def children(self) -> tuple[Value, ...]:
         """The values that it is made of."""
