@@ -74,14 +74,15 @@ def refuses_rows(x: Tensor, *others: Tensor | None) -> str | None:
     return refusal(x, *others)
 
 
-def chosen(kind: str, x: Tensor, weight: Tensor, alone: bool = False) -> Any:
+def chosen(kind: str, x: Tensor, weight: Tensor, alone: bool = False, summed: bool = False) -> Any:
     """The configuration measured to be the fastest for a product of x with a weight, or why there is none, in words.
 
-    `alone` is for a product without a norm, which has to beat the vendor's product alone.
+    `alone` is for a product without a norm, which has to beat the vendor's product alone; `summed` for one whose
+    programs do as much with their input as if they added two.
     """
     n, k = weight.shape
     device = kernel("choice", "device_name")(x.get_device())
-    return kernel("choice", "choose")(kind, x.numel() // k, n, k, device, alone)
+    return kernel("choice", "choose")(kind, x.numel() // k, n, k, device, alone, summed)
 
 
 def slower(kind: str, x: Tensor, weight: Tensor, alone: bool = False) -> str | None:

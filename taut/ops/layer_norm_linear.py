@@ -33,7 +33,8 @@ def layer_norm_linear(
 ) -> Float[Tensor, "*batch n"]:
     """layer_norm(x, eps) weight^T + bias + residual, rounded once to x's dtype.
 
-    `sums`, float32, are those of the weight's rows; without them a kernel for more than one token takes them anew.
+    `sums`, float32, are those of the weight's rows; without them a kernel for more than one token takes them anew. One
+    token is one kernel, more are a small one for mean and deviation and the product behind it.
     """
     y = layer_norm.reference(wide(x), eps=eps) @ wide(weight).mT
     y = y if bias is None else y + bias
@@ -70,5 +71,5 @@ def _(x, weight, bias=None, eps=1e-5, residual=None, sums=None):
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     rows = None if residual is None else residual.contiguous()
     run = _gpu.kernel("centred", "project")
-    config = _gpu.chosen("linear", x, weight)
+    config = _gpu.chosen("linear", x, weight, summed=True)
     return run(x.reshape(-1, x.shape[-1]), weight, y, config, sums=sums, bias=bias, residual=rows, eps=eps)

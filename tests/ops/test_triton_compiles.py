@@ -16,8 +16,8 @@ from triton.compiler import ASTSource
 from taut.ops._triton import centred, grads
 
 HOPPER = GPUTarget("cuda", 90, 32)
-TYPES = {"partial": "*fp32", "sums": "*fp32", "eps": "fp32"}
-MATRICES = ("x", "weight", "x_place", "weight_place", "gain", "dy", "dx", "dgain", "bias", "residual", "y")
+TYPES = {"partial": "*fp32", "sums": "*fp32", "found": "*fp32", "eps": "fp32"}
+MATRICES = ("x", "weight", "weight_place", "gain", "dy", "dx", "dgain", "bias", "residual", "y")
 COUNTS = ("tokens", "PARTS", "ahead")
 """Whole numbers that need not be multiples of 16, as widths and strides are here."""
 
@@ -47,6 +47,11 @@ def test_the_gradient_of_a_norm(k: int):
 def test_a_token_behind_a_layer_norm(without: tuple[str, ...]):
     constants = {"BN": 4, "BK": 512, "EVEN": True, "STAGES": 1, "PDL": True} | dict.fromkeys(without)
     assert compiled(centred.matvec, constants).asm["cubin"]
+
+
+@pytest.mark.parametrize(("k", "warps"), [(768, 2), (4096, 8), (32768, 32)])
+def test_the_statistics_of_a_row_before_a_layer_norm_s_product(k: int, warps: int):
+    assert compiled(centred.statistics, {"BK": triton.next_power_of_2(k), "PDL": True}, warps).asm["cubin"]
 
 
 @pytest.mark.parametrize("split", [1, 4])

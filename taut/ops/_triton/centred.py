@@ -1,9 +1,10 @@
 """Products of few tokens behind a LayerNorm whose mean and division are both deferred: each weight is read once.
 
-    y = ((x - c) weight^T - mean(x - c) sums) / sqrt(variance + eps) + bias + residual
+    y = (x weight^T - mean(x) sums) / sqrt(variance(x) + eps) + bias + residual,    sums = the sum of each weight's row
 
-with `sums` the sum of each row of the weight, and c a number of each token's own, its first feature, which changes
-nothing in real arithmetic and keeps the variance's digits where the mean is large. `products` says the rest.
+One token is one kernel, `matvec`. More take two, and a third where the inputs are split: `statistics` goes over each
+row once, where every program of the product would do it again, on cores slower than those that multiply. `products`
+says the rest.
 """
 
 from __future__ import annotations
@@ -20,15 +21,19 @@ from taut.ops._triton.start import interpreted, options
 
 
 @triton.jit
-def normed(dots, total, squares, sums, bias, residual, tokens, rows, live, n, k, eps):
-    """What a tile of sums becomes; `total` and `squares` are of x - c, and all have the tile's shape or broadcast."""
-    mean = total / k
-    inv = tl.rsqrt(tl.maximum(squares / k - mean * mean, 0) + eps)
-    out = (dots - mean * sums) * inv
+def given(place, at, live):
+    """What is stored at these places, or None where no tensor is given."""
+    return tl.load(place + at, mask=live, other=0) if place is not None else None
+
+
+@triton.jit
+def normed(dots, mean, inv, weighed, bias, residual):
+    """What a tile of sums becomes; everything has its shape or broadcasts to it."""
+    out = (dots - mean * weighed) * inv
     if bias is not None:
-        out += tl.load(bias + rows, mask=live, other=0).to(tl.float32)
+        out += bias.to(tl.float32)
     if residual is not None:
-        out += tl.load(residual + tokens.to(tl.int64) * n + rows, mask=live, other=0).to(tl.float32)
+        out += residual.to(tl.float32)
     return out
 
 
@@ -51,7 +56,11 @@ def matvec(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One token: BN outputs a program, BK inputs at a time. Without `sums` they are taken from the tiles."""
+    """One token: BN outputs a program, BK inputs at a time. Without `sums` they are taken from the tiles.
+
+    Everything is of x - c, with c the first feature, which changes nothing in real arithmetic and keeps the variance's
+    digits where the mean is large.
+    """
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     live = rows < n
     places = tl.where(live, rows, 0).to(tl.int64)
@@ -60,7 +69,6 @@ def matvec(
             prefetch(weight, places * stride, 0, tl.minimum(k, ahead) * 2)
         gdc_launch_dependents()
         gdc_wait()
-    c = tl.load(x).to(tl.float32)
     dots = tl.zeros([BN, BK], tl.float32)
     heavy = tl.zeros([BN, BK], tl.float32)
     total = tl.zeros([BK], tl.float32)
@@ -71,25 +79,42 @@ def matvec(
         at = places[:, None] * stride + cols[None, :]
         w = tl.load(weight + at, mask=live[:, None] & seen[None, :], other=0, eviction_policy="evict_first")
         w = w.to(tl.float32)
+        c = tl.load(x + tl.minimum(start, 0)).to(tl.float32)  # before the loop its first tiles would wait for it
         h = tl.where(seen, tl.load(x + cols, mask=seen, other=0).to(tl.float32) - c, 0)
         total += h
         squares += h * h
         dots += w * h[None, :]
         if sums is None:
             heavy += w
-    weighed = tl.load(sums + rows, mask=live, other=0) if sums is not None else tl.sum(heavy, 1)
-    statistics = tl.sum(total, 0), tl.sum(squares, 0)
-    out = normed(tl.sum(dots, 1), *statistics, weighed, bias, residual, rows * 0, rows, live, n, k, eps)
+    weighed = given(sums, rows, live) if sums is not None else tl.sum(heavy, 1)
+    added, kept = given(bias, rows, live), given(residual, rows, live)
+    mean = tl.sum(total, 0) / k
+    inv = tl.rsqrt(tl.maximum(tl.sum(squares, 0) / k - mean * mean, 0) + eps)
+    out = normed(tl.sum(dots, 1), mean, inv, weighed, added, kept)
     tl.store(y + rows, out.to(y.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def statistics(x, found, tokens, k, stride, eps, BK: tl.constexpr, PDL: tl.constexpr):
+    """The means of x's rows and behind them one over their deviations, float32 [2, tokens]; a row a program."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    token, cols = tl.program_id(0), tl.arange(0, BK)
+    v = tl.load(x + token.to(tl.int64) * stride + cols, mask=cols < k, other=0).to(tl.float32)
+    mean = tl.sum(v, 0) / k
+    d = tl.where(cols < k, v - mean, 0)
+    tl.store(found + token, mean)
+    tl.store(found + tokens + token, tl.rsqrt(tl.sum(d * d, 0) / k + eps))
 
 
 @triton.jit
 def product(
     x,
     weight,
-    x_place,
     weight_place,
     sums,
+    found,
     bias,
     residual,
     y,
@@ -99,7 +124,6 @@ def product(
     k,
     x_stride,
     stride,
-    eps,
     ahead,
     BN: tl.constexpr,
     BT: tl.constexpr,
@@ -108,66 +132,50 @@ def product(
     TMA: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """BT tokens times BN outputs a program, over one of SPLIT parts of the inputs.
+    """BT tokens times BN outputs a program, over one of SPLIT parts of the inputs; `found` is what `statistics` wrote.
 
-    The tensor cores take x as it is, since x - c would be rounded to 16 bits: c times `sums` comes off behind the
-    product, whose float32 has digits enough for a mean that 16 bits hold beside a deviation. With SPLIT > 1 the sums go
-    to `partial`, float32 [SPLIT, tokens, n] and behind it [SPLIT, 2, tokens].
+    The tensor cores take x as it is, since x - mean would be rounded to 16 bits: the mean times `sums` comes off behind
+    the product, whose float32 has digits enough for a mean that 16 bits hold beside a deviation. With SPLIT > 1 the
+    sums go to `partial`, float32 [SPLIT, tokens, n].
     """
     row, token, part = tl.program_id(0) * BN, tl.program_id(1) * BT, tl.program_id(2)
     chunks = tl.cdiv(k, BK)
     first = chunks * part // SPLIT
     last = chunks * (part + 1) // SPLIT
+    i, t = row + tl.arange(0, BN), token + tl.arange(0, BT)
     if PDL:
         if TMA and (ahead > 0) & (tl.program_id(0) * SPLIT + part < FIRST_WAVE):
-            i = tl.minimum(row + tl.arange(0, BN), n - 1).to(tl.int64)
-            prefetch(weight_place, i * stride, first * BK, tl.minimum(tl.minimum(last * BK, k) - first * BK, ahead) * 2)
+            span = tl.minimum(tl.minimum(last * BK, k) - first * BK, ahead) * 2
+            prefetch(weight_place, tl.minimum(i, n - 1).to(tl.int64) * stride, first * BK, span)
         gdc_launch_dependents()
         gdc_wait()
-    i, t = row + tl.arange(0, BN), token + tl.arange(0, BT)
-    c = tl.load(x_place + t.to(tl.int64) * x_stride, mask=t < tokens, other=0).to(tl.float32)
+    mean, inv = given(found, t, t < tokens), given(found + tokens, t, t < tokens)
+    weighed, added = given(sums, i, i < n), given(bias, i, i < n)
     dots = tl.zeros([BN, BT], tl.float32)
-    total = tl.zeros([BT], tl.float32)
-    squares = tl.zeros([BT], tl.float32)
     for step in range(first, last):
         w = tile(weight, row, step * BK, n, k, stride, BN, BK, TMA)
         h = tile(x, token, step * BK, tokens, k, x_stride, BT, BK, TMA)
         dots = tl.dot(w, h.T, dots)
-        seen = (step * BK + tl.arange(0, BK) < k)[None, :]
-        d = tl.where(seen, h.to(tl.float32) - c[:, None], 0)
-        total += tl.sum(d, 1)
-        squares += tl.sum(d * d, 1)
     at, live = t[None, :].to(tl.int64) * n + i[:, None], (i < n)[:, None] & (t < tokens)[None, :]
     if SPLIT > 1:
-        size = tokens.to(tl.int64) * n
-        tl.store(partial + part * size + at, dots, mask=live)
-        if row == 0:
-            places = partial + SPLIT * size + part * 2 * tokens + t
-            tl.store(places, total, mask=t < tokens)
-            tl.store(places + tokens, squares, mask=t < tokens)
+        tl.store(partial + part * tokens.to(tl.int64) * n + at, dots, mask=live)
     else:
-        weighed = tl.load(sums + i, mask=i < n, other=0)
-        rows, of = i[:, None] + tl.zeros([BN, BT], tl.int32), t[None, :] + tl.zeros([BN, BT], tl.int32)
-        dots -= c[None, :] * weighed[:, None]
-        out = normed(
-            dots, total[None, :], squares[None, :], weighed[:, None], bias, residual, of, rows, live, n, k, eps
-        )
+        added = added[:, None] if bias is not None else None
+        kept = given(residual, at, live)
+        out = normed(dots, mean[None, :], inv[None, :], weighed[:, None], added, kept)
         tl.store(y + at, out.to(y.dtype.element_ty), mask=live)
 
 
 @triton.jit
 def finish(
-    x,
     sums,
+    found,
     partial,
     bias,
     residual,
     y,
     tokens,
     n,
-    k,
-    x_stride,
-    eps,
     SPLIT: tl.constexpr,
     BN: tl.constexpr,
     PDL: tl.constexpr,
@@ -179,19 +187,13 @@ def finish(
     token = tl.program_id(1)
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     live = rows < n
-    size = tokens.to(tl.int64) * n
     at = token.to(tl.int64) * n + rows
     dots = tl.zeros([BN], tl.float32)
-    total = 0.0
-    squares = 0.0
     for part in tl.static_range(SPLIT):
-        dots += tl.load(partial + part * size + at, mask=live, other=0)
-        places = partial + SPLIT * size + part * 2 * tokens + token
-        total += tl.load(places)
-        squares += tl.load(places + tokens)
-    weighed = tl.load(sums + rows, mask=live, other=0)
-    dots -= tl.load(x + token.to(tl.int64) * x_stride).to(tl.float32) * weighed
-    out = normed(dots, total, squares, weighed, bias, residual, rows * 0 + token, rows, live, n, k, eps)
+        dots += tl.load(partial + part * tokens.to(tl.int64) * n + at, mask=live, other=0)
+    mean, inv = tl.load(found + token), tl.load(found + tokens + token)
+    weighed, added, kept = given(sums, rows, live), given(bias, rows, live), given(residual, at, live)
+    out = normed(dots, mean, inv, weighed, added, kept)
     tl.store(y + at, out.to(y.dtype.element_ty), mask=live)
 
 
@@ -221,16 +223,26 @@ def project(
         return y
     sums = weight.sum(1, dtype=torch.float32) if sums is None else sums
     tma, split = even(x) and even(weight), min(config.split, triton.cdiv(k, config.inputs))
-    room = (n + 2) * tokens * split if split > 1 else 0
-    partial = torch.empty(room, dtype=torch.float32, device=x.device) if room else None
+    partial = torch.empty(split, tokens, n, dtype=torch.float32, device=x.device) if split > 1 else None
     sources = source(x, config.tokens, config, tma), source(weight, config.outputs, config, tma)
+    found = _statistics(x, eps, pdl)
     product[(triton.cdiv(n, config.outputs), triton.cdiv(tokens, config.tokens), split)](
-        *(*sources, x, weight, sums, bias, residual, y, partial, tokens, n, k, x.stride(0), weight.stride(0), eps),
+        *(*sources, weight, sums, found, bias, residual, y, partial, tokens, n, k, x.stride(0), weight.stride(0)),
         *(config.ahead, config.outputs, config.tokens, config.inputs, split, tma, pdl),
         **options(config.warps, config.stages, pdl),
     )
     if split > 1:
         finish[(triton.cdiv(n, 512), tokens)](
-            *(x, sums, partial, bias, residual, y, tokens, n, k, x.stride(0), eps, split, 512, pdl), **options(pdl=pdl)
+            *(sums, found, partial, bias, residual, y, tokens, n, split, 512, pdl), **options(pdl=pdl)
         )
     return y
+
+
+def _statistics(x: Tensor, eps: float, pdl: bool) -> Tensor:
+    """float32 [2, tokens]: the means of x's rows and one over their deviations."""
+    tokens, k = x.shape
+    found = torch.empty(2, tokens, dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(k)
+    warps = max(1, min(32, block // 512))
+    statistics[(tokens,)](x, found, tokens, k, x.stride(0), eps, block, pdl, **options(warps, pdl=pdl))
+    return found
