@@ -4,8 +4,8 @@
 
 Models of the shapes of SmolLM2-135M, Llama-3.2-1B and Llama-3.1-8B with random weights in bfloat16. Parity first: over
 32 teacher-forced steps behind 480 tokens the logits are at most twice as far from float64 as transformers' own are.
-Every way replays a CUDA graph from token to token, with the argmax inside; a time is the median of five rounds, ways
-in turn. For the times the cache holds random numbers.
+Every way replays a CUDA graph from token to token, with the argmax inside; a time is the median of five rounds of 32
+tokens behind the context, ways in turn. For the times the cache holds random numbers.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,11 +43,17 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 DEVICE = "cuda"
 PROMPT, STEPS, FORCED = 512, 64, 32
-ROOM = 8 * STEPS
+ROOM = 2 * STEPS
 """Positions behind the context, into which the timed steps go."""
 CASES = [(1, PROMPT), (16, PROMPT), (64, PROMPT), (1, 8192), (1, 32768), (16, 8192)]
 GREEDY = Sampling()
-Way = Callable[[], None]
+
+
+class Way(NamedTuple):
+    """A step from tokens to tokens, and what puts the tokens behind the context again."""
+
+    step: Callable[[], None]
+    again: Callable[[], object]
 
 
 def build(name: str) -> Any:
@@ -84,9 +92,8 @@ def ours(engine: Engine, batch: int, context: int) -> Way:
     """A step of taut's from tokens to tokens, from a cache of random numbers."""
     runner: Any = engine.runner
     assert isinstance(runner, CudaRunner)
-    slots = torch.arange(batch)
-    runner.put(torch.full((batch,), 7), torch.full((batch,), context), slots)
-    return lambda: runner.play(batch, GREEDY)
+    rows = torch.full((batch,), 7), torch.full((batch,), context), torch.arange(batch)
+    return Way(lambda: runner.play(batch, GREEDY), lambda: runner.put(*rows))
 
 
 def theirs(model: Any, batch: int, context: int, compiled: bool) -> Way:
@@ -109,30 +116,25 @@ def theirs(model: Any, batch: int, context: int, compiled: bool) -> Way:
         token.copy_(run(token, place))
         place.add_(1)
 
+    def again() -> None:
+        """In place: a graph reads the tensors where they are, and does not keep them."""
+        token.fill_(7)
+        place.fill_(context)
+        for layer in cache.layers:
+            if isinstance(layer.cumulative_length, Tensor):
+                layer.cumulative_length.fill_(context)
+            else:
+                layer.cumulative_length = context
+
     with torch.no_grad():
         forward(token, place)  # makes the caches
-    fill(cache, context)
-    for _ in range(4):
-        step()
-    if compiled:
-        return step
-    captured = graph(lambda _: step(), 1)
-
-    def replay(held: tuple = (cache, token, place)) -> None:  # the graph does not keep what it reads
-        captured.replay()
-
-    return replay
-
-
-def fill(cache: Any, position: int) -> None:
-    """Random keys and values, and a length, in place: a compiled graph reads the tensors where they are."""
     for layer in cache.layers:
         layer.keys.normal_()
         layer.values.normal_()
-        if isinstance(layer.cumulative_length, Tensor):
-            layer.cumulative_length.fill_(position)
-        else:
-            layer.cumulative_length = position
+    again()
+    for _ in range(4):
+        step()
+    return Way(step if compiled else graph(lambda _: step(), 1).replay, again)
 
 
 def milliseconds(ways: dict[str, Way], rounds: int = 5) -> dict[str, float]:
@@ -141,10 +143,11 @@ def milliseconds(ways: dict[str, Way], rounds: int = 5) -> dict[str, float]:
     for number in range(rounds + 1):
         for name, way in ways.items():
             steps = STEPS // 2 if number else 4
+            way.again()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             for _ in range(steps):
-                way()
+                way.step()
             end.record()
             end.synchronize()
             if number:
@@ -187,6 +190,21 @@ def opened(name: str, longest: int) -> tuple[Any, Program, dict[str, float]]:
     return model, engine.program, errors
 
 
+def prepare(name: str) -> None:
+    """Fill the compiler's caches, so that the timed process finds the peer compiled."""
+    theirs(build(name), *CASES[0], compiled=True)
+
+
+def all_opened(names: list[str], longest: int, peers: bool) -> dict[str, tuple[Any, Program, dict[str, float]]]:
+    """Every model, its program and errors; meanwhile other processes compile the peers."""
+    with ProcessPoolExecutor(len(names), get_context("spawn")) as pool:
+        waiting = [pool.submit(prepare, name) for name in names if peers]
+        models = {name: opened(name, longest) for name in names}
+        for name, compiling in zip(names, waiting, strict=False):
+            print(f"{name}: peer compiled, {compiling.exception() or 'as it should'}", flush=True)
+    return models
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/h200/decode.json"))
@@ -195,15 +213,11 @@ def main() -> None:
     parser.add_argument("--no-peers", dest="peers", action="store_false")
     args = parser.parse_args()
     cases = CASES[:1] if args.quick else CASES
-    models: dict[str, tuple[Any, Program, dict[str, float]]] = {}
-    rows = []
-    longest = max(length for _, length in cases)
+    rows, models = [], all_opened(args.only, max(length for _, length in cases), args.peers)
     peers = [{"transformers, eager kernels": False}, {"transformers, torch.compile": True}] if args.peers else [{}]
     plan = [(*cases[0], name, beside) for beside in peers for name in args.only]
     plan += [(*case, name, peers[0]) for case in cases[1:] for name in args.only]
     for batch, context, name, beside in plan:
-        if name not in models:
-            models[name] = opened(name, longest)
         torch.cuda.empty_cache()
         rows.append(found := row(name, *models[name][:2], batch, context, beside))
         times = {way: round(ms, 4) for way, ms in found["ms"].items()}

@@ -34,10 +34,9 @@ CASES = {
 }
 BYTES_PER_S = 4.8e12
 TRIED = [
-    *(Attention(64, 1, stages, 4, ahead) for stages in (3, 4, 5, 6) for ahead in (0, 1, 2, 4)),
-    *(Attention(128, 1, stages, 4, ahead) for stages in (2, 3) for ahead in (0, 1, 2)),
-    *(Attention(64, 2, stages, 4, ahead) for stages in (2, 3) for ahead in (0, 1, 2)),
-    *(Attention(64, 1, 4, 8, ahead) for ahead in (0, 2)),
+    *(Attention(64, 1, stages, 4) for stages in (3, 4, 5)),
+    *(Attention(64, 2, stages, 4) for stages in (2, 3)),
+    *(Attention(128, 1, 3, 4), Attention(128, 1, 3, 8), Attention(64, 1, 4, 8), Attention(64, 2, 3, 2)),
 ]
 
 

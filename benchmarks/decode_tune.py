@@ -36,8 +36,8 @@ Knob = tuple
 """("near",) and ("far",) for attention, or a product: (outputs, inputs, whether it is gated)."""
 
 LAYERS = {"135M": 30, "1B": 6, "8B": 4}
-NEAR_TRIED = [(128, 8, 2), (128, 8, 4), (128, 8, 8), (128, 6, 4), (128, 5, 4), (256, 4, 8), (64, 8, 2), (64, 8, 4)]
-NEAR_TRIED += [(64, 16, 1), (64, 16, 2), (64, 12, 2), (64, 10, 2), (64, 10, 4)]
+NEAR_TRIED = [(128, 5, 4), (128, 5, 8), (128, 5, 2), (128, 4, 4), (128, 4, 8), (128, 6, 4), (128, 7, 4), (128, 8, 4)]
+NEAR_TRIED += [(256, 3, 8), (256, 3, 4), (256, 4, 8), (256, 2, 8), (64, 9, 2), (64, 9, 4), (64, 12, 4), (64, 16, 2)]
 FAR_TRIED = [(64, 64, 4), (64, 64, 8), (128, 128, 4), (128, 128, 8), (64, 128, 4), (32, 64, 4)]
 GAIN = 0.995
 
@@ -236,6 +236,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/h200/decode_tune.json"))
     parser.add_argument("--only", nargs="*", default=list(SHAPES))
     parser.add_argument("--workers", type=int, default=14, help="processes that compile beforehand; 0 for none")
+    parser.add_argument("--rounds", type=int, default=1, help="how often every choice is made again, after the others")
     args = parser.parse_args()
     began = time.perf_counter()
     if args.workers:
@@ -243,7 +244,7 @@ def main() -> None:
         print(f"compiled in {time.perf_counter() - began:.0f} s", flush=True)
     found = {}
     for name in args.only:
-        found[name] = tune(name, 2 if name == "135M" else 1)
+        found[name] = tune(name, args.rounds)
         head = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
         args.out.write_text(json.dumps({**head, "models": found}, indent=1) + "\n")
         torch.cuda.empty_cache()

@@ -1,6 +1,6 @@
 """Drawing a token from a head of (4096, 151936) on a GPU: taut's kernel against compiled multinomial, in one run.
 
-    python benchmarks/sampling.py [--out benchmarks/results/h200/sampling.json]
+    python benchmarks/sampling.py [--out benchmarks/results/h200/sampling.json] [--tune]
 
 With the final norm on all sides; also among the 50 greatest logits only. Ids first: against the float64 reference of
 the same seed on a smaller head, and the share of draws whose two best noisy logits are equal: of logits that are all
@@ -11,6 +11,7 @@ replayed in turn.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -101,14 +102,35 @@ def row(batch: int, weights: list[Tensor]) -> dict:
     return {"batch": batch, "us": {name: round(us, 2) for name, us in times.items()}, "slack": slack}
 
 
+def tune(batch: int, weights: list[Tensor]) -> None:
+    """Print the fastest configurations with their microseconds, beside the product alone."""
+    x, heat = torch.randn(batch, K, device="cuda").bfloat16(), torch.ones(batch, device="cuda")
+    key, least = torch.tensor([5, 7], device="cuda"), max(16, min(batch, 64))
+    draw = lambda i, config: sample_lm_head(x, weights[i], heat, key, None, EPS, config=config)  # noqa: E731
+    wanted, calls = draw(0, Config(64, least, 64, 1, 3, 4))[0], {}
+    for outputs, inputs, stages in itertools.product((64, 128), (64, 128, 256), (3, 4, 6)):
+        if 40 * 1024 <= (outputs + least) * inputs * 2 * stages <= 220 * 1024:
+            config = Config(outputs, least, inputs, 1, stages, 4)
+            if torch.equal(draw(0, config)[0], wanted):
+                calls[config] = lambda i, config=config: draw(i, config)
+    times = microseconds([*calls.values(), lambda i: F.linear(x, weights[i])], len(weights), 9)
+    found = sorted(zip(times, [*map(str, calls), "product"], strict=True))[:8]
+    print(f"batch {batch}", *(f"\n  {us:8.2f} us  {config}" for us, config in found), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/h200/sampling.json"))
+    parser.add_argument("--tune", action="store_true", help="time the kernel's configurations instead")
     args = parser.parse_args()
+    weights = [torch.randn(VOCABULARY, K, device="cuda", dtype=torch.bfloat16) / 64 for _ in range(2)]
+    if args.tune:
+        for batch in (1, 4, 16, 64):
+            tune(batch, weights)
+        return
     ids, p = {"all": parity(), f"{KEPT} kept": parity(10, KEPT)}, chi_square()
     tied = {"random logits": ties(False), "equal logits": ties(True)}
     print(ids, "chi-square p", p, tied, flush=True)
-    weights = [torch.randn(VOCABULARY, K, device="cuda", dtype=torch.bfloat16) / 64 for _ in range(2)]
     rows = []
     for batch in (1, 4, 16, 64):
         rows.append(found := row(batch, weights))

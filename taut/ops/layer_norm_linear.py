@@ -68,8 +68,9 @@ def _fits(x, weight, bias=None, eps=1e-5, residual=None, sums=None) -> Reason:
 
 @layer_norm_linear.impl("triton", when=_fits, opaque=True)
 def _(x, weight, bias=None, eps=1e-5, residual=None, sums=None):
-    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    flat, y = x.reshape(-1, x.shape[-1]), x.new_empty(*x.shape[:-1], weight.shape[0])
     rows = None if residual is None else residual.contiguous()
+    of_few = _gpu.kernel("centred", "OF_FEW")
+    config = of_few if 1 < len(flat) <= of_few.tokens else _gpu.chosen("linear", x, weight, summed=True)
     run = _gpu.kernel("centred", "project")
-    config = _gpu.chosen("linear", x, weight, summed=True)
-    return run(x.reshape(-1, x.shape[-1]), weight, y, config, sums=sums, bias=bias, residual=rows, eps=eps)
+    return run(flat, weight, y, config, sums=sums, bias=bias, residual=rows, eps=eps)

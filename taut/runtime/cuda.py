@@ -52,6 +52,7 @@ class CudaRunner:
         self.seed = torch.zeros((), dtype=torch.int64, device=self.device)
         self.heat = torch.ones((), dtype=torch.float32, device=self.device)
         self.drawn_by = 0, 1.0
+        self.furthest = 0
         self.kernels = Kernels(self.program, self.caches, self.rows, self.dtype)
         self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
         self.ahead = Ahead(self)
@@ -85,6 +86,7 @@ class CudaRunner:
         limits = self.vocabulary, self.program.max_length, self.max_batch
         rows = check_rows((tokens, positions, slots), limits)
         size = self.size(rows)
+        self.furthest = int(positions.max())
         given = torch.stack((tokens, positions, slots))
         self.rows[:, :size] = torch.cat((given, given[:, :1].expand(3, size - rows)), 1).to(self.device)
         return rows
@@ -96,14 +98,16 @@ class CudaRunner:
     def play(self, rows: int, how: Sampling | None) -> None:
         """One step of the rows that were put; with `how` the tokens and positions then are the next step's."""
         size = self.size(rows)
+        few = self.kernels.few(size, self.furthest)
         if how is not None:
             self._draw_by(how)
             how = replace(how, seed=0, temperature=float(how.temperature > 0))
+            self.furthest += 1
         if not self.capture:
-            self._steps(size, how)
+            self._steps(size, few, how)
             return
-        key = size, how
-        graph = self.graphs.pop(key, None) or self._captured(size, how)
+        key = size, few, how
+        graph = self.graphs.pop(key, None) or self._captured(size, few, how)
         self.graphs[key] = graph
         if len(self.graphs) > GRAPHS:
             self.graphs.pop(next(iter(self.graphs)))
@@ -117,8 +121,8 @@ class CudaRunner:
             self.heat.fill_(given[1])
             self.drawn_by = given
 
-    def _steps(self, size: int, how: Sampling | None) -> None:
-        self.kernels.play(size)
+    def _steps(self, size: int, few: bool, how: Sampling | None) -> None:
+        self.kernels.play(size, few)
         if how is None:
             return
         if how.top_k is None and how.top_p is None and not how.min_p:
@@ -130,17 +134,17 @@ class CudaRunner:
         tokens.copy_(drawn)
         positions.add_(1)
 
-    def _captured(self, size: int, how: Sampling | None) -> torch.cuda.CUDAGraph:
+    def _captured(self, size: int, few: bool, how: Sampling | None) -> torch.cuda.CUDAGraph:
         """A graph of a step. It runs once before, where kernels are compiled, on rows that are put back after it."""
         kept, graph = self.rows.clone(), torch.cuda.CUDAGraph()
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
-            self._steps(size, how)
+            self._steps(size, few, how)
         torch.cuda.current_stream(self.device).wait_stream(side)
         try:
             with torch.cuda.graph(graph):
-                self._steps(size, how)
+                self._steps(size, few, how)
         except RuntimeError as error:
             cause = f"a step cannot be put into a CUDA graph: {str(error).splitlines()[0]}"
             raise BadInput(cause, ON_CPU) from error

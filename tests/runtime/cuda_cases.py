@@ -118,7 +118,7 @@ def attention() -> None:
     for name, given in options.items():
         report(f"attend_{name}", attending(6, 2, 16, 16, 16, **given), 2, at=100)
         report(f"near_{name}", attending(6, 2, 16, 16, 16, **given), 1, at=100)
-    report("near_partial", attending(5, 1, 24, 17, 8), 1)
+    report("near_partial", attending(5, 1, 24, 8, 8), 1)
     report("attend_partial", attending(5, 1, 24, 17, 8), 3)
     report("attend_no_turn", attending(3, 3, 7, 5, 0), 1, at=64)
 
@@ -134,7 +134,10 @@ def stretches() -> None:
     sliding = {"first": (torch.arange(LENGTH) - 70).clamp_min(0)}
     report("stretches", attending(6, 2, 16, 16, 16, sinks=torch.randn(6)), 1, at=130)
     report("stretches_rows", attending(6, 2, 16, 16, 16, **sliding), 2, at=90)
+    report("stretches_too_far_to_be_left", attending(6, 2, 16, 16, 16), 1, at=64)
+    kernels.NEAR = Reach(16, 9)
     report("stretches_left", attending(6, 2, 16, 16, 16), 1, at=130)
+    report("stretches_left_full", attending(6, 2, 16, 16, 16), 1, at=143)
     report("stretches_left_sliding", attending(6, 2, 16, 16, 16, **sliding), 1, at=90)
     kernels.NEAR, kernels.FAR = own
 

@@ -23,7 +23,7 @@ from taut.runtime.steps import Embed, Linear, Program, View, Weight
 from taut.shrink import tiny_model
 
 CASES = Path(__file__).with_name("cuda_cases.py")
-FAMILIES = {"dense": 8, "padded": 2, "long": 4, "places": 4, "attend": 18, "near": 16, "stretches": 8, "draws": 1}
+FAMILIES = {"dense": 8, "padded": 2, "long": 4, "places": 4, "attend": 18, "near": 16, "stretches": 12, "draws": 1}
 
 
 @pytest.fixture(scope="module")

@@ -19,22 +19,23 @@ from taut.ops._triton.launch import Config, even, source
 from taut.ops._triton.products import FIRST_WAVE, prefetch, tile
 from taut.ops._triton.start import interpreted, options
 
+OF_FEW = Config(64, 16, 128, 1, 4, 4, 512)
+"""For up to 16 tokens; for one and for more a product behind an RMSNorm is like it, and has a table (`choice`)."""
+
 
 @triton.jit
 def given(place, at, live):
-    """What is stored at these places, or None where no tensor is given."""
-    return tl.load(place + at, mask=live, other=0) if place is not None else None
+    """What is stored at these places in float32, or 0 where no tensor is given."""
+    found = 0.0
+    if place is not None:
+        found = tl.load(place + at, mask=live, other=0).to(tl.float32)
+    return found
 
 
 @triton.jit
 def normed(dots, mean, inv, weighed, bias, residual):
     """What a tile of sums becomes; everything has its shape or broadcasts to it."""
-    out = (dots - mean * weighed) * inv
-    if bias is not None:
-        out += bias.to(tl.float32)
-    if residual is not None:
-        out += residual.to(tl.float32)
-    return out
+    return (dots - mean * weighed) * inv + bias + residual
 
 
 @triton.jit
@@ -160,9 +161,9 @@ def product(
     if SPLIT > 1:
         tl.store(partial + part * tokens.to(tl.int64) * n + at, dots, mask=live)
     else:
-        added = added[:, None] if bias is not None else None
-        kept = given(residual, at, live)
-        out = normed(dots, mean[None, :], inv[None, :], weighed[:, None], added, kept)
+        if bias is not None:
+            added = added[:, None]
+        out = normed(dots, mean[None, :], inv[None, :], weighed[:, None], added, given(residual, at, live))
         tl.store(y + at, out.to(y.dtype.element_ty), mask=live)
 
 

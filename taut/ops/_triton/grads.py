@@ -24,13 +24,11 @@ class Slopes(NamedTuple):
 
 def fitting(k: int) -> Slopes:
     """As many programs as the registers of a multiprocessor hold, which are those of 8192 features: each hides the
-    waits of the others. One that has it to itself fetches its next rows while it works. Every program also writes a
-    float32 row of sums, so that more would only cost."""
+    waits of the others, and fetches its next rows while it works. Every program also writes a float32 row of sums, so
+    that more would only cost."""
     block = triton.next_power_of_2(k)
     programs, warps = max(1, min(8, 8192 // block)), max(1, min(16, block // 256))
-    if programs > 1:
-        return Slopes(programs, 1, warps)
-    return Slopes(1, 3, warps) if block <= 8192 else Slopes(1, 2, 32)
+    return Slopes(programs, 3, warps) if block <= 8192 else Slopes(1, 2, 32)
 
 
 @triton.jit

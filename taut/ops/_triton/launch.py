@@ -125,21 +125,19 @@ def source(t: Tensor, rows: int, config: Config, tma: bool) -> Tensor | TensorDe
 
 
 class Attention(NamedTuple):
-    """Keys a tile, programs a multiprocessor, pipeline stages and warps of the decode attention kernel, and tiles that
-    it asks for before it reads the queries (a power of two, or none)."""
+    """Keys a tile, programs a multiprocessor, pipeline stages and warps of the decode attention kernel."""
 
     keys: int = 64
     programs: int = 1
     stages: int = 4
     warps: int = 4
-    ahead: int = 0
 
 
 FEW_KEYS, MANY_KEYS = Attention(stages=3), Attention(stages=4)
 ENOUGH = 2**16
 """Keys of all heads from which more stages in flight pay."""
 HEAD = Config(64, 64, 64, 1, 6, 4)
-HEAD_OF_FEW = Config(128, 16, 128, 1, 3, 4)
+HEAD_OF_FEW = Config(64, 16, 128, 1, 3, 4)
 
 
 def decode_attention(
@@ -163,11 +161,10 @@ def decode_attention(
     scale = (d**-0.5 if scale is None else scale) * 1.4426950408889634
     width, rounded = triton.next_power_of_2(max(d, 16)), triton.next_power_of_2(batch)
     started = options(config.warps, config.stages, pdl)
-    ahead = config.ahead if table is None else 0
     lean.attend[(programs,)](
         *(q, k, v, lengths, table, y, scratch, batch, kv_heads),
         *(k.shape[2], 0 if table is None else table.stride(0), *k.stride()[:3], *v.stride()[:3], scale),
-        *(rounded, group, triton.next_power_of_2(max(group, 16)), d, width, config.keys, ahead, pdl),
+        *(rounded, group, triton.next_power_of_2(max(group, 16)), d, width, config.keys, pdl),
         **started,
     )
     lean.merge[(batch * kv_heads, group)](

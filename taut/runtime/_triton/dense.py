@@ -63,28 +63,30 @@ def statistics(x, k, eps, CENTRED: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
-def row_of(x, parts, cols, k, DV: tl.constexpr, PARTS: tl.constexpr):
-    """Inputs of a row; with PARTS, x holds [PARTS, k] stretches of attention to be weighed by `parts` [PARTS, heads],
-    the logarithms to base 2 of their sums."""
-    seen = cols < k
+def row_of(x, parts, first, k, DV: tl.constexpr, PARTS: tl.constexpr, BK: tl.constexpr):
+    """BK inputs of a row from `first` on; with PARTS, x holds [PARTS, k] stretches of attention to be weighed by
+    `parts` [PARTS, heads], the logarithms to base 2 of their sums. DV is a power of two then, and divides BK."""
     if PARTS == 0:
-        h = tl.load(x + cols, mask=seen, other=0).to(tl.float32)
-    else:
-        heads, head = k // DV, cols // DV
+        cols = first + tl.arange(0, BK)
+        h = tl.load(x + cols, mask=cols < k, other=0).to(tl.float32)
+    else:  # a head a row, so that its weights are computed once and not for every feature
+        heads, head = k // DV, first // DV + tl.arange(0, BK // DV)
+        seen, at = head < heads, head[:, None] * DV + tl.arange(0, DV)[None, :]
         logs, values = (), ()
         for part in tl.static_range(PARTS):  # all are on their way before any is looked at
             logs += (tl.load(parts + part * heads + head, mask=seen, other=0),)
-            values += (tl.load(x + part * k + cols, mask=seen, other=0),)
+            values += (tl.load(x + part * k + at, mask=seen[:, None], other=0),)
         top = logs[0]
         for part in tl.static_range(1, PARTS):
             top = tl.maximum(top, logs[part])
-        h = tl.zeros(cols.shape, tl.float32)
-        total = tl.zeros(cols.shape, tl.float32)
+        sums = tl.zeros(at.shape, tl.float32)
+        total = tl.zeros(head.shape, tl.float32)
         for part in tl.static_range(PARTS):
             weight = tl.exp2(logs[part] - top)
-            h += tl.where(weight > 0, weight * values[part], 0.0)  # a stretch of no keys has left anything there
+            # a stretch of no keys has left anything there
+            sums += tl.where((weight > 0)[:, None], weight[:, None] * values[part], 0.0)
             total += weight
-        h /= total
+        h = tl.reshape(sums / total[:, None], (BK,))
     return h
 
 
@@ -98,6 +100,16 @@ def applied(h, gain, shift, mean, inv, cols, k, NORM: tl.constexpr):
     if shift is not None:
         h += tl.load(shift + cols, mask=cols < k, other=0)
     return h
+
+
+@triton.jit
+def add_two(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def add_three(a, b, c, d, e, f):
+    return a + d, b + e, c + f
 
 
 @triton.jit
@@ -138,10 +150,12 @@ def one(
     WHOLE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One row: BN outputs a program, BK inputs at a time. WHOLE: there are no more than BK + TAIL, held at once.
+    """One row: BN outputs a program, BK inputs at a time. WHOLE: there are no more than BK + TAIL, held at once. In one
+    tile, the squares are added up together with the products: the threads meet once.
 
     `ahead` inputs of each row behind the first BK, a multiple of 8, are asked for before the wait.
     """
+    TOGETHER: tl.constexpr = WHOLE and TAIL == 0 and NORM == RMS
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     live = rows < n
     places = tl.where(live, rows, 0).to(tl.int64)
@@ -165,26 +179,37 @@ def one(
         added = tl.load(residual + rows, mask=live, other=0).to(tl.float32)
     mean, inv = tl.full([], 0.0, tl.float32), tl.full([], 1.0, tl.float32)
     if WHOLE:
-        h = row_of(x, parts, cols, k, DV, PARTS)
+        h = row_of(x, parts, 0, k, DV, PARTS, BK)
         if TAIL > 0:
-            h1 = row_of(x, parts, rest, k, DV, PARTS)
+            h1 = row_of(x, parts, BK, k, DV, PARTS, TAIL)
         if CENTRED:
             mean = tl.sum(h, 0)
             if TAIL > 0:
                 mean += tl.sum(h1, 0)
             mean /= k
-        if NORM != PLAIN:
+        if NORM != PLAIN and not TOGETHER:
             left = tl.where(cols < k, h - mean, 0.0)
             squared = tl.sum(left * left, 0)
             if TAIL > 0:
                 left1 = tl.where(rest < k, h1 - mean, 0.0)
                 squared += tl.sum(left1 * left1, 0)
             inv = tl.rsqrt(squared / k + eps)
+        raw = h
         h = applied(h, gain, shift, mean, inv, cols, k, NORM)
-        total = tl.sum(w.to(tl.float32) * h[None, :], 1)
-        others = total
-        if up is not None:
-            others = tl.sum(u.to(tl.float32) * h[None, :], 1)
+        dots = w.to(tl.float32) * h[None, :]
+        if TOGETHER:
+            squares = tl.broadcast_to((raw * raw)[None, :], dots.shape)
+            if up is not None:
+                total, others, squared = tl.reduce((dots, u.to(tl.float32) * h[None, :], squares), 1, add_three)
+            else:
+                total, squared = tl.reduce((dots, squares), 1, add_two)
+                others = total
+            inv = tl.rsqrt(squared / k + eps)
+        else:
+            total = tl.sum(dots, 1)
+            others = total
+            if up is not None:
+                others = tl.sum(u.to(tl.float32) * h[None, :], 1)
         if TAIL > 0:
             h1 = applied(h1, gain, shift, mean, inv, rest, k, NORM)
             total += tl.sum(w1.to(tl.float32) * h1[None, :], 1)
@@ -198,7 +223,7 @@ def one(
         squares = tl.zeros([BK], tl.float32)
         for start in range(0, k, BK):
             at = start + cols
-            h = row_of(x, parts, at, k, DV, PARTS)
+            h = row_of(x, parts, start, k, DV, PARTS, BK)
             if NORM == RMS:
                 squares += h * h
             h = applied(h, gain, shift, mean, inv, at, k, NORM)

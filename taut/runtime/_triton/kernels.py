@@ -14,24 +14,24 @@ from taut.runtime._triton.launch import After, Reach, Stretches
 from taut.runtime.packing import padded, places, reads_of
 from taut.runtime.steps import Attend, Combine, Embed, Glu, Linear, Normalize, Program, Step, Torch, View
 
-MOST_JOINED, MOST_FEATURES, MOST_KEYS = 16, 1024, 4096
-"""So many stretches, of so many features and positions, a product joins itself; each of its programs reads them all."""
-NEAR, FAR = Reach(128, 8), Reach()
-"""Tiles and stretches of an attention that the product behind it joins, and of any other."""
+MOST_JOINED, MOST_FEATURES = 16, 1024
+"""So many stretches of so many features a product joins itself; each of its programs reads them all."""
+NEAR, FAR = Reach(128, 7), Reach()
+"""Tiles and stretches of an attention that the product behind it joins, a tile a stretch, and of any other."""
 ONE_ROW = {
     (960, 576, False): Config(2, 0, 1024, 2, warps=1),
     (576, 576, False): Config(8, 0, 1024, 2, warps=4),
-    (1536, 576, True): Config(4, 0, 1024, 2, warps=1),
-    (576, 1536, False): Config(1, 0, 2048, 2, warps=4),
+    (1536, 576, True): Config(2, 0, 1024, warps=2),
+    (576, 1536, False): Config(2, 0, 2048, warps=8),
     (49152, 576, False): Config(8, 0, 1024, 2, warps=4),
-    (3072, 2048, False): Config(4, 0, 2048, warps=4),
+    (3072, 2048, False): Config(4, 0, 2048, warps=8),
     (2048, 2048, False): Config(2, 0, 2048, warps=2),
     (8192, 2048, True): Config(2, 0, 2048, warps=4),
-    (2048, 8192, False): Config(4, 0, 2048, warps=4, ahead=512),
+    (2048, 8192, False): Config(2, 0, 1024, warps=4),
     (128256, 2048, False): Config(4, 0, 2048, warps=4),
     (6144, 4096, False): Config(16, 0, 512, warps=8, ahead=128),
     (4096, 4096, False): Config(8, 0, 1024, warps=4, ahead=512),
-    (14336, 4096, True): Config(8, 0, 512, warps=4, ahead=512),
+    (14336, 4096, True): Config(1, 0, 1024, warps=4),
     (4096, 14336, False): Config(8, 0, 1024, warps=4, ahead=512),
     (128256, 4096, False): Config(4, 0, 1024, warps=4, ahead=512),
 }
@@ -63,10 +63,14 @@ class Kernels:
         counters = max((most * s.kv_heads for s in attends), default=0)
         self.counters = made(counters + most, dtype=torch.int32)
 
-    def play(self, rows: int) -> None:
+    def few(self, rows: int, furthest: int) -> bool:
+        """Whether the products join what attention finds: for one row whose keys have room in that many tiles."""
+        return rows == 1 and furthest < self.near.keys * self.near.splits
+
+    def play(self, rows: int, few: bool) -> None:
         """One step of the first rows given."""
         for step in self.program.steps:
-            self._step(step, rows)
+            self._step(step, rows, few)
 
     def draw(self, rows: int, seed: Tensor | None, heat: Tensor) -> None:
         """Each row's token by its logits, the likeliest or, with a seed, drawn; and its position one on."""
@@ -75,7 +79,7 @@ class Kernels:
         tokens, positions, slots = self.given
         launch.draw(*tables, tokens, positions, slots, seed, heat, self.pdl)
 
-    def _step(self, step: Step, rows: int) -> None:
+    def _step(self, step: Step, rows: int, few: bool) -> None:
         def view(place: View | None) -> Tensor | None:
             return None if place is None else self.buffer(place.buffer, rows)[:, place.start : place.stop]
 
@@ -92,16 +96,16 @@ class Kernels:
                 after = After(
                     step.bias, None, step.activation or "identity", step.scale, step.softcap, view(step.residual)
                 )
-                self._product(step, (step.weight.data, None), after, rows)
+                self._product(step, (step.weight.data, None), after, rows, few)
             case Glu():
                 after = After(step.gate_bias, step.up_bias, step.activation)
-                self._product(step, (step.gate.data, step.up.data), after, rows)
+                self._product(step, (step.gate.data, step.up.data), after, rows, few)
             case Combine():
                 a, b, out = self._view(step.a, rows), view(step.b), self.buffer(step.out, rows)
                 launch.combine(a, b, out, step.scale, step.b_scale, step.product, self.pdl)
             case Attend():
                 heads, where = (self._view(step.q, rows), view(step.k), view(step.v)), self.caches[step.layer]
-                if rows == 1 and id(step) in self.left:
+                if few and id(step) in self.left:
                     left = self._left(step)
                     launch.stretch(step, heads, where, positions, slots, left, self.near, self.pdl)
                     return
@@ -115,11 +119,13 @@ class Kernels:
                 for name, value in zip(step.outs, found, strict=True):
                     self.buffer(name, rows).copy_(value)
 
-    def _product(self, step: Linear | Glu, weights: tuple[Tensor, Tensor | None], after: After, rows: int) -> None:
+    def _product(
+        self, step: Linear | Glu, weights: tuple[Tensor, Tensor | None], after: After, rows: int, few: bool
+    ) -> None:
         x, out, norm = self._view(step.x, rows), self.buffer(step.out, rows), step.norm
         config = self.config(weights, rows)
         if rows == 1:
-            joined = self.joins.get(id(step))
+            joined = self.joins.get(id(step)) if few else None
             left = None if joined is None else self._left(joined)
             launch.one(x, *weights, out, norm, after, config, self.pdl, left)
             return
@@ -164,14 +170,15 @@ class Kernels:
 
 
 def _joins(program: Program) -> dict[int, Attend]:
-    """The attentions whose stretches the product behind them joins, by that product: few keys and features."""
+    """The attentions whose stretches the product behind them may join, by that product: few features, in heads of which
+    whole ones fill a tile."""
     found: dict[int, Attend] = {}
     readers = [view.buffer for step in program.steps for view in reads_of(step)]
     for step, after in zip(program.steps, program.steps[1:], strict=False):
         if isinstance(step, Attend) and isinstance(after, Linear) and after.norm is None and step.sinks is None:
             width = step.heads * step.dv
             alone = after.x == View(step.out, 0, width) and readers.count(step.out) == 1
-            if alone and width <= MOST_FEATURES and program.max_length <= MOST_KEYS:
+            if alone and width <= MOST_FEATURES and step.dv <= 256 and step.dv.bit_count() == 1:
                 found[id(after)] = step
     return found
 

@@ -1,9 +1,10 @@
 """Attention of one row over few keys, in stretches that the product behind it joins.
 
-A program has one query head and one stretch of the keys, so that there are enough programs for a GPU, and works on the
+A program has one query head and one tile of the keys, so that there are enough programs for a GPU, and works on the
 ordinary cores: a head of its own needs no tensor core, and keys and values stay in the registers into which they are
-loaded before the kernel before this one has ended. Few registers matter: with many, programs start only when the
-product before them has left (half a multiprocessor each: 5.2 us of a layer of a 135M model on an H200).
+loaded before the kernel before this one has ended. A second tile would be waited for: 3 us of a layer of a 135M model
+on an H200, where the first takes 2.4. Few registers matter: with many, programs start only when the product before
+them has left (half a multiprocessor each: 5.2 us).
 """
 
 from __future__ import annotations
@@ -14,20 +15,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from taut.runtime._triton.attend import LOG2E, angles, pairs, tile, turned
 from taut.runtime._triton.dense import tanh
-
-
-@triton.jit
-def weighed(keys, values, at, end, query, position, slope, scale, cap, greatest, weight, sums, CAP: tl.constexpr):
-    """The greatest score, the sum of weights and the weighed values so far, with those of a tile below `end`."""
-    scores = tl.sum(keys.to(tl.float32) * query, 1) * scale
-    if CAP:
-        scores = cap * tanh(scores / cap)
-    scores -= slope * (position - at).to(tl.float32)
-    scores = tl.where(at < end, scores * LOG2E, float("-inf"))
-    higher = tl.maximum(greatest, tl.max(scores, 0))
-    shrink, p = tl.exp2(greatest - higher), tl.exp2(scores - higher)
-    sums = sums * shrink + tl.sum(p[:, None] * values.to(tl.float32), 0)
-    return higher, weight * shrink + tl.sum(p, 0), sums
 
 
 @triton.jit
@@ -72,9 +59,10 @@ def stretch(
     KEYS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (heads, stretches). GROUP query heads have a key head; WIDTH and VWIDTH are D and DV rounded up. Without
-    `k` nothing is appended. `found` is float32 [stretches, heads, DV], divided; `logs` [stretches, heads] are the
-    logarithms to base 2 of the sums, -inf where a stretch has no keys."""
+    """Grid (heads, stretches), which have to have room for all keys: each holds KEYS of them. GROUP query heads have a
+    key head; WIDTH and VWIDTH are D and DV rounded up. Without `k` nothing is appended. `found` is float32 [stretches,
+    heads, DV], divided; `logs` [stretches, heads] are the logarithms to base 2 of the sums, -inf where a stretch has no
+    keys."""
     if PDL:
         gdc_launch_dependents()
     head, part = tl.program_id(0), tl.program_id(1)
@@ -82,10 +70,8 @@ def stretch(
     lowest = 0
     if first is not None:
         lowest = tl.load(first + position).to(tl.int32)
-    seen = position + 1 - lowest
-    length = tl.cdiv(tl.cdiv(seen, tl.num_programs(1)), KEYS) * KEYS
-    begin = lowest + part * length
-    end = tl.minimum(begin + length, position + 1)
+    begin = lowest + part * KEYS
+    end = tl.minimum(begin + KEYS, position + 1)
     feature, value = tl.arange(0, WIDTH), tl.arange(0, VWIDTH)
     k_base = keys + slot * key_slot + (head // GROUP) * key_head
     v_base = values + slot * value_slot + (head // GROUP) * value_head
@@ -109,9 +95,13 @@ def stretch(
             base = v + (head // GROUP) * DV
             new = tl.load(base + value, mask=(value < DV) & last, other=0, cache_modifier=".cg").to(held.dtype)
         query = turned(xq, pq, c, s, feature, whole, q_gain, q_shift, q_eps, D, HALF, INTERLEAVED, Q_NORM, Q_CENTRED)
-        greatest = tl.full([], float("-inf"), tl.float32)
-        weight = tl.full([], 0.0, tl.float32)
-        sums = tl.zeros([VWIDTH], tl.float32)
+        scores = tl.sum(block.to(tl.float32) * query, 1) * scale
+        if CAP:
+            scores = cap * tanh(scores / cap)
+        if alibi is not None:
+            scores -= tl.load(alibi + head) * (position - at).to(tl.float32)
+        scores = tl.where(at < cached, scores * LOG2E, float("-inf"))
+        greatest = tl.max(scores, 0)
         if k is not None:
             key = turned(
                 xk, pk, c, s, feature, whole, k_gain, k_shift, k_eps, D, HALF, INTERLEAVED, K_NORM, K_CENTRED
@@ -122,19 +112,14 @@ def stretch(
             own = tl.sum(tl.sum(key.to(tl.float32) * query, 1), 0) * scale
             if CAP:
                 own = cap * tanh(own / cap)
-            greatest = tl.where(last, own * LOG2E, float("-inf"))
-            weight += tl.where(last, 1.0, 0.0)
-            sums += new.to(tl.float32)  # zeros where it is not this program's
-        slope = 0.0 if alibi is None else tl.load(alibi + head)
-        greatest, weight, sums = weighed(
-            block, held, at, cached, query, position, slope, scale, cap, greatest, weight, sums, CAP
-        )
-        for start in range(begin + KEYS, cached, KEYS):
-            at = start + tl.arange(0, KEYS)
-            block, held = tile(k_base, at, cached, feature, D), tile(v_base, at, cached, value, DV)
-            greatest, weight, sums = weighed(
-                block, held, at, cached, query, position, slope, scale, cap, greatest, weight, sums, CAP
-            )
+            own = tl.where(last, own * LOG2E, float("-inf"))
+            greatest = tl.maximum(greatest, own)
+        p = tl.exp2(scores - greatest)
+        weight, sums = tl.sum(p, 0), tl.sum(p[:, None] * held.to(tl.float32), 0)
+        if k is not None:
+            own = tl.exp2(own - greatest)
+            weight += own
+            sums += own * new.to(tl.float32)
         tl.store(found + to * DV + value, sums / weight, mask=value < DV)
         tl.store(logs + to, greatest + tl.log2(weight))
     else:
