@@ -71,12 +71,17 @@ class Parts:
     def vector(self, node: Any) -> Tensor | None:
         return None if node is None else self.constant(node).flatten().float()
 
+    def unless(self, node: Any, idle: int) -> Tensor | None:
+        """A vector, unless all of it is the number that changes nothing: a gain that was folded away costs no time."""
+        found = self.vector(node)
+        return None if found is None or bool((found == idle).all()) else found
+
     def norm_of(self, given: dict[str, Any]) -> Norm | None:
         """The norm that is fused into a layer."""
         if given.get("eps") is None:
             return None
-        gain, shift = self.vector(given.get("gain")), self.vector(given.get("shift"))
-        return Norm(float(given["eps"]), gain, shift, bool(given.get("centred", False)))
+        vectors = self.unless(given.get("gain"), 1), self.unless(given.get("shift"), 0)
+        return Norm(float(given["eps"]), *vectors, bool(given.get("centred", False)))
 
     def own_norm(self, node: Any) -> Norm | None:
         """A norm's node as a norm over its last axis; None where something of it is not constant."""
@@ -88,7 +93,7 @@ class Parts:
         vectors = [given.get("gain"), given.get("bias")]
         if not isinstance(given["eps"], float | int) or any(v is not None and not self._fits(v, node) for v in vectors):
             return None
-        return Norm(float(given["eps"]), self.vector(vectors[0]), self.vector(vectors[1]), centred)
+        return Norm(float(given["eps"]), self.unless(vectors[0], 1), self.unless(vectors[1], 0), centred)
 
     def _fits(self, vector: fx.Node, node: fx.Node) -> bool:
         return self.tables.kinds[vector] == CONSTANT and width(vector) == shape(node)[-1]

@@ -182,7 +182,7 @@ def decoding() -> Iterator[Case]:
             v[batch, :, length:] = float("nan")
         clean = (q, k, v.nan_to_num(), lengths, *table)
         truth, plain = attention.reference(*widened(clean), **kwargs), attention.reference(*clean, **kwargs)
-        for processors in (1, 5, 40):
+        for processors in (1, 5, 40, 43):
             pages, y = table[0] if table else None, poisoned(*q.shape)
             decode_attention(q, k, v, lengths, pages, y, kwargs.get("scale"), Attention(16), processors)
             yield f"decode_attention {number} on {processors}", y, truth, plain

@@ -181,3 +181,25 @@ def test_a_wrong_table_is_noticed():
     attend.rotary.cos[1, 0] *= 1.01
     whole = PlainRunner(wrong, 1).run(ids, torch.arange(STEPS), torch.zeros(STEPS, dtype=torch.long))
     assert error(whole, true) > AS_GOOD * error(own, true)
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel"])
+def test_a_gain_that_was_folded_away_and_a_bias_of_nothing_are_not_looked_at(name):
+    folded = copy.deepcopy(built(name))
+    for module in folded.modules():
+        if hasattr(module, "weight") and module.weight.ndim == 1:
+            module.weight.data.fill_(1)
+            if getattr(module, "bias", None) is not None:
+                module.bias.data.zero_()
+    norms = [step.norm for step in program(name).steps if getattr(step, "norm", None) is not None]
+    found = lower(prepared(trace_step(folded, LENGTH)))
+    left = [step.norm for step in found.steps if getattr(step, "norm", None) is not None]
+    assert len(left) == len(norms) > 2
+    assert all(norm.gain is not None for norm in norms)
+    assert all(norm.gain is None and norm.bias is None for norm in left)
+    ids = judged(name)[0]
+    with torch.no_grad():
+        own = folded(input_ids=ids[None], use_cache=False).logits[0]
+        true = copy.deepcopy(folded).double()(input_ids=ids[None], use_cache=False).logits[0]
+    logits = PlainRunner(found, 1).run(ids, torch.arange(STEPS), torch.zeros(STEPS, dtype=torch.long))
+    assert error(logits, true) <= AS_GOOD * error(own, true)

@@ -4,10 +4,12 @@ Source: Sanovar, Bharadwaj, St. Amant, Ruehle and Rajmohan, LeanAttention, 2024,
 all heads and sequences). Differs: the partial results are merged by a second kernel in the order of the keys, so that
 the result has the same bits in every run; the lengths are read on the device, so that a CUDA graph may be replayed.
 
-Tiles of KEYS keys are numbered along (sequence, key head, position), and program g of G takes T / G of them, the first
-T mod G programs one more. A stretch that covers all keys of a head is written at once; at most two others a program go
-to `scratch` [G, 2, GROUP, D + 2]: the sums, the greatest score and the sum of the weights, of a stretch that begins
-before the program's first tile (slot 0) or ends behind its last (slot 1).
+Tiles of KEYS keys are numbered along (sequence, key head, position), and program g of G takes the tiles from T g / G to
+T (g + 1) / G. Where tiles are few, G is a multiple of the sequences' heads: of sequences of one length no program then
+has parts of two heads, and to begin another costs as much as SPARE tiles. A stretch that covers all keys of a head is
+written at once; at most two others a program go to `scratch` [G, 2, GROUP, D + 2]: the sums, the greatest score and the
+sum of the weights, of a stretch that begins before the program's first tile (slot 0) or ends behind its last (slot 1).
+T G must stay below 2^31.
 """
 
 from __future__ import annotations
@@ -18,25 +20,25 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def share(tiles, heads, programs):
-    """(tiles of each program, programs that take one more)."""
-    total = tl.sum(tiles, 0) * heads
-    each = total // programs
-    return each, total - each * programs
+def ask(places):
+    """Ask the second-level cache for the lines that hold these places. A bulk prefetch takes its address from a uniform
+    register: of many addresses, it asks for one after the other."""
+    tl.inline_asm_elementwise(
+        "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l", [places], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+SPARE = tl.constexpr(2)
 
 
 @triton.jit
-def start(g, each, more):
-    """The first tile of program g."""
-    return g * each + tl.minimum(g, more)
-
-
-@triton.jit
-def holder(tile, each, more):
-    """The program that has a tile."""
-    of_more = more * (each + 1)
-    behind = more + (tile - of_more) // tl.maximum(each, 1)
-    return tl.where(tile < of_more, tile // (each + 1), behind)
+def share(tiles, batch, heads, most_programs):
+    """(tiles of all heads, programs that get any)."""
+    total, pairs = tl.sum(tiles, 0) * heads, batch * heads
+    over = most_programs % pairs
+    whole = most_programs - over
+    fewer = (whole > 0) & (total * over <= whole * most_programs * SPARE)
+    return total, tl.maximum(tl.minimum(most_programs - fewer.to(tl.int32) * over, total), 1)
 
 
 @triton.jit
@@ -80,7 +82,8 @@ def attend(
     PDL: tl.constexpr,
 ):
     """`heads` key heads with GROUP queries of D features each; ROWS and WIDTH are those rounded up. With a `table` of
-    pages [batch, pages], k and v are [pages, heads, page, D]. `scale` includes log2(e)."""
+    pages [batch, pages], k and v are [pages, heads, page, D]. `scale` includes log2(e). The second-level cache is asked
+    for the first AHEAD tiles of a stretch before its queries are read, without which no tile is loaded."""
     g = tl.program_id(0)
     at, key = tl.arange(0, BATCH), tl.arange(0, KEYS)
     if PDL:
@@ -89,10 +92,10 @@ def attend(
         gdc_launch_dependents()
     all_lengths = tl.load(lengths + at, mask=at < batch, other=0)
     tiles = tl.cdiv(all_lengths, KEYS)
-    each, more = share(tiles, heads, tl.num_programs(0))
-    current, stop = start(g, each, more), start(g + 1, each, more)
+    total, programs = share(tiles, batch, heads, tl.num_programs(0))
+    current = tl.where(g < programs, total * g // programs, 0)
+    stop = tl.where(g < programs, total * (g + 1) // programs, 0)
     row, feature = tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    k_place, v_place = key[:, None] * k_row + feature[None, :], key[:, None] * v_row + feature[None, :]
     while current < stop:
         sequence, head, head_first, per_head = find(tiles, at, heads, current)
         length = tl.sum(tl.where(at == sequence, all_lengths, 0), 0)
@@ -101,7 +104,7 @@ def attend(
         live = (row < GROUP)[:, None] & (feature < D)[None, :]
         k_base = k + sequence.to(tl.int64) * k_batch + head.to(tl.int64) * k_head
         v_base = v + sequence.to(tl.int64) * v_batch + head.to(tl.int64) * v_head
-        q_at = q + (place + row)[:, None] * D + feature[None, :]
+        query = tl.load(q + (place + row)[:, None] * D + feature[None, :], mask=live, other=0)
         greatest = tl.full([ROWS], float("-inf"), tl.float32)
         weight = tl.zeros([ROWS], tl.float32)
         sums = tl.zeros([ROWS, WIDTH], tl.float32)
@@ -111,14 +114,13 @@ def attend(
             both = seen[:, None] & (feature < D)[None, :]
             if table is not None:
                 block = tl.load(table + sequence * table_stride + position // page, mask=seen, other=0).to(tl.int64)
-                k_at = (k + block * k_batch + head * k_head + (position % page) * k_row)[:, None] + feature[None, :]
-                v_at = (v + block * v_batch + head * v_head + (position % page) * v_row)[:, None] + feature[None, :]
+                k_at = k + block * k_batch + head * k_head + (position % page) * k_row
+                v_at = v + block * v_batch + head * v_head + (position % page) * v_row
             else:
-                k_at = k_base + tl.cast(tile, tl.int64) * KEYS * k_row + k_place
-                v_at = v_base + tl.cast(tile, tl.int64) * KEYS * v_row + v_place
-            keys, values = tl.load(k_at, mask=both, other=0), tl.load(v_at, mask=both, other=0)
-            again = tl.multiple_of(tl.minimum(tile, 0), 16)
-            query = tl.load(q_at + again, mask=live, other=0)  # before the loop, all else would wait for it
+                k_at = k_base + position.to(tl.int64) * k_row
+                v_at = v_base + position.to(tl.int64) * v_row
+            keys = tl.load(k_at[:, None] + feature[None, :], mask=both, other=0)
+            values = tl.load(v_at[:, None] + feature[None, :], mask=both, other=0)
             scores = tl.where(seen[None, :], tl.dot(query, keys.T) * scale, float("-inf"))
             higher = tl.maximum(greatest, tl.max(scores, 1))
             shrink = tl.exp2(greatest - higher)
@@ -146,7 +148,7 @@ def merge(
     scratch,
     batch,
     heads,
-    programs,
+    most_programs,
     BATCH: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -161,10 +163,11 @@ def merge(
     sequence, head, member = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1)
     at, feature = tl.arange(0, BATCH), tl.arange(0, WIDTH)
     tiles = tl.cdiv(tl.load(lengths + at, mask=at < batch, other=0), KEYS)
-    each, more = share(tiles, heads, programs)
+    total, programs = share(tiles, batch, heads, most_programs)
     own = tl.sum(tl.where(at == sequence, tiles, 0), 0)
     first = tl.sum(tl.where(at < sequence, tiles, 0), 0) * heads + head * own
-    g0, g1 = holder(first, each, more), holder(first + own - 1, each, more)
+    g0 = ((first + 1) * programs - 1) // tl.maximum(total, 1)
+    g1 = ((first + own) * programs - 1) // tl.maximum(total, 1)
     out = y + (tl.program_id(0) * GROUP + member) * D + feature
     if PDL:
         gdc_wait()
@@ -174,10 +177,10 @@ def merge(
         greatest = tl.full([], float("-inf"), tl.float32)
         weight = tl.full([], 0.0, tl.float32)
         sums = tl.zeros([WIDTH], tl.float32)
-        for lowest in range(g0, g1 + 1, PARTS):
-            g = lowest + tl.arange(0, PARTS)
+        for start in range(g0, g1 + 1, PARTS):
+            g = start + tl.arange(0, PARTS)
             live = g <= g1
-            slot = tl.where(start(g, each, more) <= first, 1, 0)
+            slot = tl.where(total * g // programs <= first, 1, 0)
             place = scratch + ((g * 2 + slot) * GROUP + member) * (D + 2)
             high = tl.load(place + D, mask=live, other=float("-inf"))
             portion = tl.load(place + D + 1, mask=live, other=0)

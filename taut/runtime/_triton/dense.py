@@ -91,14 +91,23 @@ def row_of(x, parts, first, k, DV: tl.constexpr, PARTS: tl.constexpr, BK: tl.con
 
 
 @triton.jit
-def applied(h, gain, shift, mean, inv, cols, k, NORM: tl.constexpr):
+def given(vector, cols, k):
+    """What a vector holds there; no vector holds nothing."""
+    found = tl.zeros(cols.shape, tl.float32)
+    if vector is not None:
+        found = tl.load(vector + cols, mask=cols < k, other=0)
+    return found
+
+
+@triton.jit
+def applied(h, gain, shift, gains, shifts, mean, inv, cols, k, NORM: tl.constexpr):
     """What of a norm is applied to the inputs themselves."""
     if NORM == FULL:
         h = tl.where(cols < k, (h - mean) * inv, 0.0)
     if gain is not None:
-        h *= tl.load(gain + cols, mask=cols < k, other=0)
+        h *= gains
     if shift is not None:
-        h += tl.load(shift + cols, mask=cols < k, other=0)
+        h += shifts
     return h
 
 
@@ -168,6 +177,10 @@ def one(
         w1 = block(weight, places, live, rest, k, stride)
         if up is not None:
             u1 = block(up, places, live, rest, k, up_stride)
+    if WHOLE:
+        gains, shifts = given(gain, cols, k), given(shift, cols, k)
+        if TAIL > 0:
+            gains1, shifts1 = given(gain, rest, k), given(shift, rest, k)
     if PDL:
         if not WHOLE and (ahead > 0) & (tl.program_id(0) < FIRST_WAVE):
             prefetch(weight, places * stride, BK, tl.minimum(k - BK, ahead) * 2)
@@ -195,7 +208,7 @@ def one(
                 squared += tl.sum(left1 * left1, 0)
             inv = tl.rsqrt(squared / k + eps)
         raw = h
-        h = applied(h, gain, shift, mean, inv, cols, k, NORM)
+        h = applied(h, gain, shift, gains, shifts, mean, inv, cols, k, NORM)
         dots = w.to(tl.float32) * h[None, :]
         if TOGETHER:
             squares = tl.broadcast_to((raw * raw)[None, :], dots.shape)
@@ -211,7 +224,7 @@ def one(
             if up is not None:
                 others = tl.sum(u.to(tl.float32) * h[None, :], 1)
         if TAIL > 0:
-            h1 = applied(h1, gain, shift, mean, inv, rest, k, NORM)
+            h1 = applied(h1, gain, shift, gains1, shifts1, mean, inv, rest, k, NORM)
             total += tl.sum(w1.to(tl.float32) * h1[None, :], 1)
             if up is not None:
                 others += tl.sum(u1.to(tl.float32) * h1[None, :], 1)
@@ -226,7 +239,7 @@ def one(
             h = row_of(x, parts, start, k, DV, PARTS, BK)
             if NORM == RMS:
                 squares += h * h
-            h = applied(h, gain, shift, mean, inv, at, k, NORM)
+            h = applied(h, gain, shift, given(gain, at, k), given(shift, at, k), mean, inv, at, k, NORM)
             dots += w.to(tl.float32) * h[None, :]
             if up is not None:
                 ups += u.to(tl.float32) * h[None, :]

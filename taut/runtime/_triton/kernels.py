@@ -16,12 +16,12 @@ from taut.runtime.steps import Attend, Combine, Embed, Glu, Linear, Normalize, P
 
 MOST_JOINED, MOST_FEATURES = 16, 1024
 """So many stretches of so many features a product joins itself; each of its programs reads them all."""
-NEAR, FAR = Reach(128, 7), Reach()
+NEAR, FAR = Reach(128, 5), Reach()
 """Tiles and stretches of an attention that the product behind it joins, a tile a stretch, and of any other."""
 ONE_ROW = {
-    (960, 576, False): Config(2, 0, 1024, 2, warps=1),
-    (576, 576, False): Config(8, 0, 1024, 2, warps=4),
-    (1536, 576, True): Config(2, 0, 1024, warps=2),
+    (960, 576, False): Config(4, 0, 1024, warps=1),
+    (576, 576, False): Config(8, 0, 1024, warps=8),
+    (1536, 576, True): Config(2, 0, 1024, warps=1),
     (576, 1536, False): Config(2, 0, 2048, warps=8),
     (49152, 576, False): Config(8, 0, 1024, 2, warps=4),
     (3072, 2048, False): Config(4, 0, 2048, warps=8),
