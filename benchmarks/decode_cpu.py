@@ -30,6 +30,7 @@ from taut.machine import cpu_name, read_bandwidth, read_size
 from taut.ops._numba.read import read
 from taut.ops._weights import quantize
 from taut.runtime.runner import Runner
+from taut.runtime.sampling import Sampling
 from taut.runtime.steps import Attend, Embed, Glu, Linear, Norm, Program, Rotary, View, Weight
 
 HIDDEN, FFN, LAYERS, HEADS, KV_HEADS, D, VOCABULARY = 576, 1536, 30, 9, 3, 64, 49152
@@ -101,11 +102,10 @@ def taut_turn(runner: Runner) -> Turn:
     first = int(logits.argmax())
 
     def turn(tokens: int) -> Tensor:
-        token, found = first, runner.logits
+        token = first
         for i in range(tokens):
-            found = runner.run(at(token), at(PROMPT + i), at(0))
-            token = int(found.argmax())
-        return found[0]
+            (token,) = runner.draw(at(token), at(PROMPT + i), at(0), Sampling())
+        return runner.logits[0]
 
     return turn
 

@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from taut.op import Work, nbytes, op
+from taut.op import Reason, Work, nbytes, op
+from taut.ops._cpu import refusal
 
 LOW = 0xFFFFFFFF
 
@@ -96,3 +97,15 @@ def _(make):
     yield (make(50), 0.7, 5), {}
     yield (make(2, 2, 50), 0.7, None, 0.9, 0.05), {"seed": 1, "position": torch.tensor([[1, 2], [3, 4]])}
     yield (make(3, 50), torch.tensor([0.0, 0.5, 2.0])), {"seed": torch.tensor([1, 2, 3])}
+
+
+def _likeliest(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, seed=0, position=0) -> Reason:
+    if isinstance(temperature, Tensor) or temperature != 0:
+        return "a draw, and only the likeliest token is sought so"
+    return f"logits are {logits.dtype}" if logits.dtype != torch.float32 else refusal(logits)
+
+
+@sample.impl("numpy", when=_likeliest, opaque=True)
+def _(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, seed=0, position=0):
+    """torch looks at one logit after the other, 14 times as slowly."""
+    return torch.as_tensor(logits.numpy().argmax(-1))
