@@ -1,4 +1,4 @@
-"""Norm then project on a GPU: taut's kernels against torch's and the vendor's, in one run.
+"""Norm then project on a GPU: taut's kernels against torch's, Liger's if installed, and the vendor's, in one run.
 
     python benchmarks/norm_project.py [--out benchmarks/results/h200/norm_project.json] [--tokens 1 16 64 256 1024 4096]
 
@@ -10,12 +10,16 @@ taut's kernels may start while the one before them ends (programmatic dependent 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
+from kernels_table import best_peer
 from torch import Tensor
 
 from taut import machine
@@ -38,6 +42,26 @@ def product(x: Tensor, weight: Tensor, up: Tensor | None) -> object:
     return F.linear(x, weight) if up is None else (F.linear(x, weight), F.linear(x, up))
 
 
+def liger() -> ModuleType | None:
+    """Liger's RMSNorm kernels, if they are installed."""
+    found = importlib.util.find_spec("liger_kernel")
+    return None if found is None else importlib.import_module("liger_kernel.ops.rms_norm")
+
+
+def peers(k: int) -> dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]]:
+    """Every way of others to a norm without a gain and a product."""
+    ways: dict[str, Callable] = {"torch": vendor, "compiled": torch.compile(vendor, dynamic=False)}
+    kernels, gain = liger(), torch.ones(k, device="cuda", dtype=torch.bfloat16)
+    if kernels is not None:
+
+        def normed(x: Tensor, weight: Tensor, up: Tensor | None) -> Tensor:
+            h = kernels.rms_norm_forward(x, gain, EPS, 0.0, "llama", None)[0]
+            return F.linear(h, weight) if up is None else F.silu(F.linear(h, weight)) * F.linear(h, up)
+
+        ways["Liger"] = normed
+    return ways
+
+
 def parity(ways: dict, x: Tensor, weight: Tensor, up: Tensor | None) -> dict[str, float]:
     wide = [None if t is None else t.double() for t in (x, weight, up)]
     truth = vendor(*wide, eps=EPS)
@@ -48,7 +72,7 @@ def parity(ways: dict, x: Tensor, weight: Tensor, up: Tensor | None) -> dict[str
 
 def row(shape: Shape, tokens: int, device: machine.Machine) -> dict:
     torch._dynamo.reset()
-    ways = {"taut": taut, "torch": vendor, "compiled": torch.compile(vendor, dynamic=False)}
+    ways = {"taut": taut, **peers(shape.k)}
     weights = 2 if shape.kind == "glu" else 1
     copies = copies_for(2 * weights * shape.n * shape.k, least=4, most=64)
     x, many, ups = inputs(shape, tokens, copies)
@@ -74,7 +98,7 @@ def summary(rows: list[dict]) -> dict[str, float]:
     gains = {}
     for tokens in dict.fromkeys(r["tokens"] for r in rows):
         own = [r for r in rows if r["tokens"] == tokens and (r["k"], r["n"]) in {(s.k, s.n) for s in PROJECTIONS}]
-        logs = [math.log(min(r["us"]["torch"], r["us"]["compiled"]) / r["us"]["taut"]) for r in own]
+        logs = [math.log(best_peer(r["us"]) / r["us"]["taut"]) for r in own]
         gains[str(tokens)] = round(math.exp(sum(logs) / len(logs)), 3)
     return gains
 
