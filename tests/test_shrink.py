@@ -152,6 +152,19 @@ def test_listed_layers_are_renumbered():
     assert twin.text_config.num_hidden_layers == 2
 
 
+def test_a_layer_keeps_what_it_has_of_its_own(tmp_path):
+    """Gemma 4's global layers have wider heads than its local ones; both kinds are in the twin, and on disk."""
+    twin = tiny_model(transformers.Gemma4ForCausalLM)
+    full = [kind == "full_attention" for kind in twin.config.layer_types]
+    widths = [layer.head_dim for layer in twin.config.per_layer_config]
+    assert set(full) == {True, False}
+    assert all((width > min(widths)) == is_full for width, is_full in zip(widths, full, strict=True))
+    assert [layer.self_attn.head_dim for layer in twin.model.layers] == widths
+    twin.save_pretrained(tmp_path)
+    again = transformers.Gemma4ForCausalLM.from_pretrained(tmp_path)
+    assert all(torch.equal(again.state_dict()[name], value) for name, value in twin.state_dict().items())
+
+
 def test_layers_that_share_parameters_still_share_them():
     model = tiny_model(transformers.Zamba2ForCausalLM)
     one, two = (layer.shared_transformer for layer in model.model.layers if hasattr(layer, "shared_transformer"))

@@ -90,7 +90,7 @@ def _default_config(model_class: type) -> PreTrainedConfig:
         raise CannotShrink(f"{model_class.__name__} has no default configuration: {_reason(error)}") from error
     for _, part in tree(config):
         roles = {name: role_of(name) for name in vars(part)}
-        lone = [name for name, role in roles.items() if role == "experts" and getattr(part, name) == 1]
+        lone = [name for name, role in roles.items() if role == "experts" and vars(part)[name] == 1]
         for name in lone if "top_k" in roles.values() else ():
             setattr(part, name, EXPERTS)
     return config

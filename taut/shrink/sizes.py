@@ -7,7 +7,7 @@ import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -81,13 +81,19 @@ def tree(config: PreTrainedConfig, path: str = "") -> Iterator[tuple[str, PreTra
 
 def apply(config: PreTrainedConfig, recipe: Recipe) -> PreTrainedConfig:
     """A deep copy of a configuration with every field shrunk as the recipe says."""
-    twin = copy.deepcopy(config)
-    sizes = Sizes(config, recipe)
-    for (path, part), (_, original) in zip(list(tree(twin)), list(tree(config)), strict=True):
+    twin, whole, of_layers = copy.deepcopy(config), copy.deepcopy(config), {}
+    for path, part in tree(whole):
+        if getattr(part, "is_heterogeneous", False):
+            of_layers[path] = {int(i): own for i, own in part.to_dict()["per_layer_config"].items()}
+            part.per_layer_config = None  # what a layer may have of its own could not be read otherwise
+    sizes = Sizes(whole, recipe)
+    for (path, part), (_, original) in zip(list(tree(twin)), list(tree(whole)), strict=True):
         for name, value in list(vars(original).items()):
             new = sizes.new(path, original, name, value)
             if new is not value and new != value:
                 part.__dict__[name] = new
+        if path in of_layers:
+            cast(Any, part).per_layer_config = sizes.of_layers(path, original, of_layers[path])
     return twin
 
 
@@ -128,6 +134,11 @@ class Sizes:
         if isinstance(value, dict):
             return {k: self.number(role, path, part, name, v) for k, v in value.items()} if role == "window" else value
         return _map_ints(value, lambda v: self.number(role, path, part, name, v))
+
+    def of_layers(self, path: str, part: PreTrainedConfig, given: dict[int, dict[str, Any]]) -> dict[int, dict]:
+        """What the layers that are kept have of their own."""
+        kept = enumerate(self.layers(path, _own_depth(part) or 10**9))
+        return {i: {n: self.new(path, part, n, v) for n, v in given[old].items()} for i, old in kept if old in given}
 
     def number(self, role: str, path: str, part: PreTrainedConfig, name: str, v: int) -> int:
         if v <= 1:
