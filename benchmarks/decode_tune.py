@@ -26,7 +26,7 @@ from decode import GREEDY, PROMPT, ROOM, SHAPES
 from torch import Tensor
 
 from taut.ops._triton.launch import Config
-from taut.runtime._triton.kernels import one_row
+from taut.runtime._triton.kernels import MOST_FEATURES, one_row
 from taut.runtime._triton.launch import Reach
 from taut.runtime.cuda import CudaRunner, LongRunner
 from taut.runtime.plain import PlainRunner
@@ -36,8 +36,8 @@ Knob = tuple
 """("near",) and ("far",) for attention, or a product: (outputs, inputs, whether it is gated)."""
 
 LAYERS = {"135M": 30, "1B": 6, "8B": 4}
-NEAR_TRIED = [(128, 5, 4), (128, 5, 8), (128, 5, 2), (128, 4, 4), (128, 4, 8), (128, 6, 4), (128, 7, 4), (128, 8, 4)]
-NEAR_TRIED += [(256, 3, 8), (256, 3, 4), (256, 4, 8), (256, 2, 8), (64, 9, 2), (64, 9, 4), (64, 12, 4), (64, 16, 2)]
+NEAR_TRIED = [(128, 5, 4), (128, 5, 8), (128, 5, 2), (128, 6, 4), (128, 7, 4), (128, 8, 4), (256, 3, 8), (256, 3, 4)]
+NEAR_TRIED += [(256, 4, 8), (64, 9, 2), (64, 9, 4), (64, 12, 4), (64, 16, 2)]  # with room for the positions timed
 FAR_TRIED = [(64, 64, 4), (64, 64, 8), (128, 128, 4), (128, 128, 8), (64, 128, 4), (32, 64, 4)]
 GAIN = 0.995
 
@@ -83,7 +83,7 @@ def knobs(made: Program) -> list[Knob]:
         elif isinstance(step, Glu):
             found.append((*step.gate.data.shape, True))
     heads = next(step for step in made.steps if isinstance(step, Attend))
-    attention = ("near",) if heads.heads * heads.dv <= 1024 else ("far",)
+    attention = ("near",) if heads.heads * heads.dv <= MOST_FEATURES else ("far",)
     return [attention, *dict.fromkeys(found)]
 
 

@@ -20,7 +20,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from taut.runtime._triton.kernels import NEAR
+from taut.runtime._triton.kernels import NEAR, ONE_ROW
+from taut.runtime._triton.launch import After, one
 from taut.runtime.cuda import CudaRunner
 from taut.runtime.steps import Attend, Embed, Glu, Linear, Norm, Program, Rotary, View, Weight
 
@@ -117,3 +118,14 @@ def test_rows(launches, tmp_path):
     found = played(layer(9, 3, 64, softcap=30.0), 16, launches, tmp_path)
     assert set(found) == {"embed", "many", "join", "attend", "draw"}
     assert not any(spilled for made in found.values() for _, _, spilled in made)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize(("n", "k", "gated"), ONE_ROW)
+def test_measured_tiles_have_room_for_a_norm_s_own_gain_and_bias(launches, tmp_path, n, k, gated, centred: bool):
+    """They are held beside the weights, from before the wait on."""
+    made = lambda *size: torch.empty(size, dtype=torch.bfloat16)  # noqa: E731
+    norm = Norm(1e-5, torch.ones(k), torch.zeros(k) if centred else None, centred)
+    up = made(n, k) if gated else None
+    one(made(1, k), made(n, k), up, made(1, n), norm, After(activation="silu"), ONE_ROW[n, k, gated], True)
+    assert [used(kernel, tmp_path / "kernel.cubin")[1] for _, _, kernel in launches] == [0]

@@ -16,20 +16,11 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from taut.ops._triton.launch import Config, even, source
-from taut.ops._triton.products import FIRST_WAVE, prefetch, tile
+from taut.ops._triton.products import FIRST_WAVE, given, prefetch, tile
 from taut.ops._triton.start import interpreted, options
 
 OF_FEW = Config(64, 16, 128, 1, 4, 4, 512)
 """For up to 16 tokens; for one and for more a product behind an RMSNorm is like it, and has a table (`choice`)."""
-
-
-@triton.jit
-def given(place, at, live):
-    """What is stored at these places in float32, or 0 where no tensor is given."""
-    found = 0.0
-    if place is not None:
-        found = tl.load(place + at, mask=live, other=0).to(tl.float32)
-    return found
 
 
 @triton.jit

@@ -18,16 +18,6 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-
-@triton.jit
-def ask(places):
-    """Ask the second-level cache for the lines that hold these places. A bulk prefetch takes its address from a uniform
-    register: of many addresses, it asks for one after the other."""
-    tl.inline_asm_elementwise(
-        "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l", [places], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
 SPARE = tl.constexpr(2)
 
 

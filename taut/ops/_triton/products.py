@@ -44,6 +44,15 @@ FIRST_WAVE = tl.constexpr(264)
 
 
 @triton.jit
+def given(place, at, live):
+    """What is stored at these places in float32, or 0 where no tensor is given."""
+    found = 0.0
+    if place is not None:
+        found = tl.load(place + at, mask=live, other=0).to(tl.float32)
+    return found
+
+
+@triton.jit
 def prefetch(weight, rows, first, bytes):
     """Ask the second-level cache for `bytes` of each row from column `first` on; all multiples of 16 bytes."""
     tl.inline_asm_elementwise(

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from taut.ops._triton.products import FIRST_WAVE, activate, prefetch, tile
+from taut.ops._triton.products import FIRST_WAVE, activate, given, prefetch, tile
 
 PLAIN, RMS, FULL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 """No norm; a root mean square with or without a gain, divided by at the end; any other, applied to the inputs."""
@@ -88,15 +88,6 @@ def row_of(x, parts, first, k, DV: tl.constexpr, PARTS: tl.constexpr, BK: tl.con
             total += weight
         h = tl.reshape(sums / total[:, None], (BK,))
     return h
-
-
-@triton.jit
-def given(vector, cols, k):
-    """What a vector holds there; no vector holds nothing."""
-    found = tl.zeros(cols.shape, tl.float32)
-    if vector is not None:
-        found = tl.load(vector + cols, mask=cols < k, other=0)
-    return found
 
 
 @triton.jit
@@ -178,9 +169,9 @@ def one(
         if up is not None:
             u1 = block(up, places, live, rest, k, up_stride)
     if WHOLE:
-        gains, shifts = given(gain, cols, k), given(shift, cols, k)
+        gains, shifts = given(gain, cols, cols < k), given(shift, cols, cols < k)
         if TAIL > 0:
-            gains1, shifts1 = given(gain, rest, k), given(shift, rest, k)
+            gains1, shifts1 = given(gain, rest, rest < k), given(shift, rest, rest < k)
     if PDL:
         if not WHOLE and (ahead > 0) & (tl.program_id(0) < FIRST_WAVE):
             prefetch(weight, places * stride, BK, tl.minimum(k - BK, ahead) * 2)
@@ -239,7 +230,8 @@ def one(
             h = row_of(x, parts, start, k, DV, PARTS, BK)
             if NORM == RMS:
                 squares += h * h
-            h = applied(h, gain, shift, given(gain, at, k), given(shift, at, k), mean, inv, at, k, NORM)
+            gains, shifts = given(gain, at, at < k), given(shift, at, at < k)
+            h = applied(h, gain, shift, gains, shifts, mean, inv, at, k, NORM)
             dots += w.to(tl.float32) * h[None, :]
             if up is not None:
                 ups += u.to(tl.float32) * h[None, :]
