@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from taut.checkpoint.errors import BadInput
 from taut.facts.contraction import name_of, uses
 from taut.graph import Graph
 from taut.ops.expert_linear import expert_linear
 from taut.rewrite import Exactness
-from taut.tracing import named_tensors
+from taut.tracing import named_tensors, reason
 
 SAME_FUNCTION = 1e-12
 """Largest difference over largest value in float64 between two spellings of one function (DESIGN: ALGEBRAIC)."""
@@ -385,9 +386,17 @@ def _projection(result: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def compare_modules(before: nn.Module, after: nn.Module, inputs: Inputs) -> Evidence:
-    """The working-dtype outputs side by side. Without a record of what was done it is no proof, and never passes."""
+    """The working-dtype outputs side by side. Without a record of what was done it is no proof, and never passes.
+
+    Raises BadInput where `after` cannot run on what `before` does.
+    """
     with torch.no_grad():
-        one, two = dict(named_tensors(before(**inputs))), dict(named_tensors(after(**inputs)))
+        one = dict(named_tensors(before(**inputs)))
+        try:
+            two = dict(named_tensors(after(**inputs)))
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            cause = f"AFTER does not run on BEFORE's inputs: {reason(error)}"
+            raise BadInput(cause, "compare the right pair") from error
     errors = {k: _largest(two[k].double(), one[k].double()) for k in one if k in two and one[k].shape == two[k].shape}
     notes = [f"{name} differs by {error:.3e} of its largest value" for name, error in errors.items()]
     missing = sorted(set(one) ^ set(two))

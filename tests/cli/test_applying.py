@@ -67,6 +67,16 @@ def test_without_a_record_there_is_a_comparison_and_no_proof(model, tmp_path):
     assert "logits differs by 0.000e+00" in printed.stdout
 
 
+def test_a_model_of_another_vocabulary_is_no_pair(model, tmp_path):
+    config = transformers.AutoConfig.from_pretrained(model)
+    config.vocab_size = 2
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
+    said = run("verify", model, tmp_path / "other")
+    assert said.exit_code == 2
+    assert "does not run on BEFORE's inputs" in said.stderr
+    assert "compare the right pair" in said.stderr
+
+
 @pytest.mark.parametrize("form", ["stock", "taut"])
 def test_where_nothing_applies_nothing_is_written(model, tmp_path, form):
     asked = ("apply", model, "--out", tmp_path / "new", "--only", "fold_qk_norm_gain", "--form", form)
