@@ -34,7 +34,7 @@ CASES = {
 }
 BYTES_PER_S = 4.8e12
 TRIED = [
-    *(Attention(64, 1, stages, 4) for stages in (3, 4, 5)),
+    *(Attention(64, 1, stages, 4, whole) for stages in (3, 4, 5) for whole in (False, True)),
     *(Attention(64, 2, stages, 4) for stages in (2, 3)),
     *(Attention(128, 1, 3, 4), Attention(128, 1, 3, 8), Attention(64, 1, 4, 8), Attention(64, 2, 3, 2)),
 ]

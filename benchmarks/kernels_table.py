@@ -41,9 +41,8 @@ def best_peer(us: dict[str, float]) -> float:
 
 
 def projections() -> str:
-    """Norm then project: the best peer's time over taut's, newer measurements in place of older ones."""
+    """Norm then project: the best peer's time over taut's."""
     found = {(r["kind"], r["k"], r["n"], r["tokens"]): r["us"] for r in record("norm_project")["rows"]}
-    found |= {("linear", r["k"], r["n"], r["tokens"]): r["us"] for r in record("norm_project_many")["rows"]}
     shapes = list(dict.fromkeys(key[:3] for key in found))
     counts = sorted({key[3] for key in found})
     rows = []

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 pytestmark = pytest.mark.gpu
 NOISE = 0.98
 

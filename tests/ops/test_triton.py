@@ -53,7 +53,7 @@ def cases(device: str) -> list[tuple[str, float, float]]:
         ("rope_append", 2),
         ("norm_slopes", 8),
         ("glu_slopes", 16),
-        ("decode", 12),
+        ("decode", 15),
         ("sample", 6),
         ("kept", 4),
         ("read", 1),

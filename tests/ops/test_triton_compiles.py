@@ -13,12 +13,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from taut.ops._triton import centred, grads
+from taut.ops._triton import centred, grads, lean
 
 HOPPER = GPUTarget("cuda", 90, 32)
 TYPES = {"partial": "*fp32", "sums": "*fp32", "found": "*fp32", "eps": "fp32"}
 MATRICES = ("x", "weight", "weight_place", "gain", "dy", "dx", "dgain", "bias", "residual", "y")
-COUNTS = ("tokens", "PARTS", "ahead")
+COUNTS = ("tokens", "PARTS", "ahead", "batch", "heads", "page", "most_programs")
 """Whole numbers that need not be multiples of 16, as widths and strides are here."""
 
 
@@ -66,3 +66,18 @@ def test_tokens_behind_a_layer_norm(split: int, tma: bool):
     assert made.metadata.shared > 2 * (64 + 16) * 64 * 2
     if split > 1:
         assert compiled(centred.finish, {"SPLIT": split, "BN": 512, "PDL": True}).asm["cubin"]
+
+
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.parametrize(("d", "stages", "whole"), [(64, 3, False), (128, 4, True)])
+def test_decode_attention(batch: int, paged: bool, d: int, stages: int, whole: bool):
+    """Keys and values are on their way while the tensor cores work; a cache without pages is asked for ahead."""
+    sizes = {"BATCH": batch, "GROUP": 4, "D": d, "KEYS": 64, "WHOLE": whole, "PDL": True}
+    types = dict.fromkeys(("q", "k", "v"), "*bf16") | {"lengths": "*i32", "table": "*i32", "scale": "fp32"}
+    types["scratch"] = "*fp32"
+    constants = sizes | {"ROWS": 16, "WIDTH": d} | ({} if paged else {"table": None})
+    made = compiled(lean.attend, constants, 4, stages, types)
+    assert ("prefetch.global.L2" in made.asm["ptx"]) == (not paged)
+    assert "cp.async" in made.asm["ptx"]
+    assert compiled(lean.merge, sizes | {"WIDTH": d // 4, "PARTS": 32}, 4, 1, types).asm["cubin"]

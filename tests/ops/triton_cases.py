@@ -182,10 +182,11 @@ def decoding() -> Iterator[Case]:
             v[batch, :, length:] = float("nan")
         clean = (q, k, v.nan_to_num(), lengths, *table)
         truth, plain = attention.reference(*widened(clean), **kwargs), attention.reference(*clean, **kwargs)
-        for processors in (1, 5, 40, 43):
+        for processors, whole in ((1, True), (5, False), (40, True), (43, False), (43, True)):
             pages, y = table[0] if table else None, poisoned(*q.shape)
-            decode_attention(q, k, v, lengths, pages, y, kwargs.get("scale"), Attention(16), processors)
-            yield f"decode_attention {number} on {processors}", y, truth, plain
+            config = Attention(16, whole=whole)
+            decode_attention(q, k, v, lengths, pages, y, kwargs.get("scale"), config, processors)
+            yield f"decode_attention {number} on {processors}, whole {whole}", y, truth, plain
 
 
 def draws() -> Iterator[Case]:

@@ -125,15 +125,20 @@ def source(t: Tensor, rows: int, config: Config, tma: bool) -> Tensor | TensorDe
 
 
 class Attention(NamedTuple):
-    """Keys a tile, programs a multiprocessor, pipeline stages and warps of the decode attention kernel."""
+    """Keys a tile, programs a multiprocessor, pipeline stages and warps of the decode attention kernel.
+
+    `whole`: a few programs may be left without work, so that none has parts of two heads. In a short call that costs
+    more than it saves: the programs of `lean.merge` crowd on the multiprocessors that are left.
+    """
 
     keys: int = 64
     programs: int = 1
     stages: int = 4
     warps: int = 4
+    whole: bool = True
 
 
-FEW_KEYS, MANY_KEYS = Attention(stages=3), Attention(stages=4)
+FEW_KEYS, MANY_KEYS = Attention(stages=3, whole=False), Attention()
 ENOUGH = 2**16
 """Keys of all heads from which more stages in flight pay."""
 HEAD = Config(64, 64, 64, 1, 6, 4)
@@ -160,15 +165,17 @@ def decode_attention(
     scratch = torch.empty(programs, 2, group, d + 2, dtype=torch.float32, device=q.device)
     scale = (d**-0.5 if scale is None else scale) * 1.4426950408889634
     width, rounded = triton.next_power_of_2(max(d, 16)), triton.next_power_of_2(batch)
+    parts = min(4, 1 << max(processors // (batch * heads), 1).bit_length() - 1)
     started = options(config.warps, config.stages, pdl)
     lean.attend[(programs,)](
         *(q, k, v, lengths, table, y, scratch, batch, kv_heads),
         *(k.shape[2], 0 if table is None else table.stride(0), *k.stride()[:3], *v.stride()[:3], scale),
-        *(rounded, group, triton.next_power_of_2(max(group, 16)), d, width, config.keys, pdl),
+        *(rounded, group, triton.next_power_of_2(max(group, 16)), d, width, config.keys, config.whole, pdl),
         **started,
     )
-    lean.merge[(batch * kv_heads, group)](
-        *(lengths, y, scratch, batch, kv_heads, programs, rounded, group, d, width, config.keys, 32, pdl),
+    lean.merge[(batch * kv_heads, group, parts)](
+        *(lengths, y, scratch, batch, kv_heads, programs, rounded, group, d, width // parts, config.keys, 32),
+        *(config.whole, pdl),
         **options(pdl=pdl),
     )
     return y
