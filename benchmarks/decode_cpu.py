@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from taut.huge_pages import collapse
 from taut.machine import cpu_name, read_bandwidth, read_size
 from taut.ops._numba.read import read
 from taut.ops._weights import quantize
@@ -222,7 +223,7 @@ def players(weights: Weights, only: list[str], formats: list[str], folder: Path)
     cpp = "llama.cpp" in only and llama_cpp_here()
     for form in formats:
         cache = torch.bfloat16 if form == "bf16" else torch.float32
-        runner = Runner(llama(weights, FORMATS[form], 512), 1, cache)
+        runner = settled(Runner(llama(weights, FORMATS[form], 512), 1, cache))
         found[f"taut {form}"] = taut_turn(runner), runner.bytes_a_token(positions)
         if cpp:
             found[f"llama.cpp {form}"] = llama_cpp_turn(weights, form, folder), runner.bytes_a_token(positions)
@@ -230,6 +231,13 @@ def players(weights: Weights, only: list[str], formats: list[str], folder: Path)
         least = sum(w.nbytes for w in weights.values())
         found["transformers fp32"] = transformers_turn(weights), least
     return {name: value for name, value in found.items() if name.split()[0] in only}
+
+
+def settled(runner: Runner) -> Runner:
+    """With its weights on large pages, which otherwise takes place beside the first tokens."""
+    if runner.settling is not None:
+        runner.settling.join()
+    return runner
 
 
 def check_parity(turns: dict[str, tuple[Turn, int]]) -> None:
@@ -248,6 +256,7 @@ def interleaved(turns: dict[str, tuple[Turn, int]], rounds: int, tokens: int) ->
     beside: dict[str, list[float]] = {name: [] for name in turns}
     best = read_bandwidth(read_size(), seconds=0.3).value
     values = torch.ones(read_size() // 4)
+    collapse([values])
     for _ in range(rounds):
         for name, (turn, least) in turns.items():
             turn(1)
@@ -280,7 +289,8 @@ def growth(weights: Weights, form: str, rounds: int) -> list[dict[str, float]]:
     `read` has the bytes that a plain read right before and after it would have read in that time.
     """
     cache, found = torch.bfloat16 if form == "bf16" else torch.float32, []
-    runner, values = Runner(llama(weights, FORMATS[form]), 16, cache), torch.ones(read_size() // 4)
+    runner, values = settled(Runner(llama(weights, FORMATS[form]), 16, cache)), torch.ones(read_size() // 4)
+    collapse([values])
     for keys, kept in runner.caches:
         keys.normal_()
         kept.normal_()

@@ -20,6 +20,7 @@ from typing import Literal
 
 import torch
 
+from taut.huge_pages import collapse
 from taut.op import Work
 from taut.user_cache import user_cache
 from taut.whole_file import write_text
@@ -157,6 +158,7 @@ def read_bandwidth(size: int, progress: Progress = lambda _: None, seconds: floa
 
         return measure_gpu.read_bandwidth(torch.device(device), size, progress, seconds)
     values = torch.ones(size // 4)
+    where = " on large pages" if collapse([values]) else ""
     readers: dict[str, Callable[[], object]] = {"torch.sum": values.sum, "numba": _numba_reader(values)}
     stream = _c_reader(values)
     if stream is not None:
@@ -167,7 +169,7 @@ def read_bandwidth(size: int, progress: Progress = lambda _: None, seconds: floa
         best[name] = values.nbytes / _fastest(reader, seconds)
     winner = max(best, key=lambda name: best[name])
     rates = ", ".join(f"{name} {rate / 1e9:.1f}" for name, rate in best.items())
-    return Figure(best[winner], MEASURED, f"read of {values.nbytes / 2**20:.0f} MiB, GB/s: {rates}")
+    return Figure(best[winner], MEASURED, f"read of {values.nbytes / 2**20:.0f} MiB{where}, GB/s: {rates}")
 
 
 def read_size(device: str = "cpu") -> int:

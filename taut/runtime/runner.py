@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from taut.checkpoint.errors import BadInput
+from taut.huge_pages import collapse_meanwhile
 from taut.op import nbytes
 from taut.runtime._numba.interpreter import run
 from taut.runtime.packing import Packer, Segment
+from taut.runtime.placed import matrices
 from taut.runtime.sampling import Sampling
 from taut.runtime.steps import Attend, Embed, Glu, Linear, Program, Torch, View, Weight
 
 CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LARGE = 2**25
+"""Bytes of weights that no cache holds."""
 
 
 class Runner:
@@ -25,7 +30,8 @@ class Runner:
     `caches` holds (keys, values) of every cache layer, (max_batch slots, kv_heads, max_length, d) each, of
     `cache_dtype`: float32, bfloat16 or float16; by default float32. It uses as many threads as torch does when it is
     built. `stepwise` runs one step after the other instead of all in one go, for looking at `buffers` in between.
-    Raises BadInput where the caches do not fit into memory.
+    Weights that no cache holds move onto large pages beside the first runs, in the thread `settling`. Raises BadInput
+    where the caches do not fit into memory.
     """
 
     def __init__(
@@ -42,6 +48,7 @@ class Runner:
         self.scratch = torch.empty(self.threads, self.packed.scratch)
         self.counter = np.zeros(1, np.int64)
         self.rows = np.zeros((3, max_batch), np.int64)
+        self.settling = settle(program)
 
     def run(self, tokens: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
         """Float32 logits (rows, vocabulary), which the next run overwrites.
@@ -101,6 +108,12 @@ class Runner:
 
     def _view(self, view: View, rows: int) -> Tensor:
         return self.buffers[view.buffer][:rows, view.start : view.stop]
+
+
+def settle(program: Program) -> Thread | None:
+    """Put the weights onto large pages beside all else, in the order of reading; None where they are few."""
+    parts = [part for weight in matrices(program) for part in (weight.data, weight.scale) if part is not None]
+    return collapse_meanwhile(parts) if sum(part.nbytes for part in parts) >= LARGE else None
 
 
 def check_rows(given: Sequence[Tensor], limits: tuple[int | None, int, int]) -> int:

@@ -32,7 +32,7 @@ from taut.ops._numba.simd import (
 
 ROWS, CHAINS, STEP = 4, 2, 64
 """Rows of a tile, vectors in which a product is collected by turns, and inputs that are taken at once."""
-AHEAD, LINE = 8192, 64
+AHEAD, LINE = 12288, 64
 """How far ahead to ask for memory, in bytes: the hardware alone loses the stream at the end of every page."""
 READ, SECOND_LEVEL, DATA = 0, 2, 1
 """Arguments of LLVM's prefetch."""
@@ -64,13 +64,13 @@ def load_first(builder: Any, address: Any, kind: ir.Type, lanes: int, count: Any
     return builder.call(read, [place, ir.Constant(INT32, bits // 8), seen, ir.Constant(vector, None)])
 
 
-def prefetch(builder: Any, address: Any, count: int) -> None:
-    """Ask for `count` cache lines into the second level: the first can wait for far fewer at a time."""
+def prefetch(builder: Any, address: Any, count: int, every: int = 1) -> None:
+    """Ask for `count` cache lines, or every second of them, into the second level: the first waits for far fewer."""
     place = ir.IntType(8).as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [place, INT32, INT32, INT32])
     ask = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
     how = [ir.Constant(INT32, n) for n in (READ, SECOND_LEVEL, DATA)]
-    for line in range(count):
+    for line in range(0, count, every):
         builder.call(ask, [builder.inttoptr(at(builder, address, (1, LINE * line)), place), *how])
 
 
@@ -123,7 +123,11 @@ def dense_products(builder: Any, tag: types.Type, rows: list[Any], inputs: list[
                 multiply_add(builder, row[t][chain], value, seen)
 
     def block(start: Any, count: Any | None) -> None:
-        prefetch(builder, at(builder, ahead, (start, size * len(rows))), STEP * size * len(rows) // LINE)
+        soon, lines = at(builder, ahead, (start, size * len(rows))), STEP * size * len(rows) // LINE
+        if size == 1:  # read in more parts than the hardware takes for a stream
+            prefetch(builder, soon, lines)
+        else:  # who asks for the first line of a pair is given the second
+            prefetch(builder, builder.and_(soon, ir.Constant(WORD, -2 * LINE)), lines, every=2)
         for n in range(0, STEP, LANES):
             here, before = at(builder, start, (n, 1)), ir.Constant(WORD, n)
             places = [at(builder, row, (here, size)) for row in rows]
