@@ -3,10 +3,11 @@
     python benchmarks/decode_cpu.py [--only taut,transformers,llama.cpp] [--formats fp32,bf16,int8,int4]
                                     [--rounds 6] [--tokens 16] [--growth] [--json FILE] [--plot FILE]
 
-All take turns of a few tokens after a prompt of 64; the time is the median over all turns. Slack is that time over
-the bytes that a token must read at the best read bandwidth found in the same run, before, between and after the turns;
-below 1 a cache served some of it. `beside` is the same against a plain read right before and after each turn, the
-median over the turns: on a machine whose memory others use too, its speed changes by the second. llama.cpp joins where
+All take turns of a few tokens after a prompt of 64; the time is the median over the turns. On a machine whose memory
+others use too, its speed changes by the second: where there are enough of them, only turns count before and after which
+a plain read was about as fast as the fastest of all (give many rounds there). Slack is the time over the bytes that a
+token must read at the best read bandwidth found in the same run, before, between and after the turns; below 1 a cache
+served some of it. `beside` is the same against the plain reads beside each turn, the median. llama.cpp joins where
 `llama_cpp` and `gguf` can be imported. `--growth` measures taut alone against context and batch.
 """
 
@@ -21,7 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +38,8 @@ from taut.runtime.steps import Attend, Embed, Glu, Linear, Norm, Program, Rotary
 HIDDEN, FFN, LAYERS, HEADS, KV_HEADS, D, VOCABULARY = 576, 1536, 30, 9, 3, 64, 49152
 PROMPT, LONGEST, EPS, BASE = 64, 4096 + 64, 1e-5, 10000.0
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": 8, "int4": 4}
+CALM, FEW = 0.85, 5
+"""Turns count whose memory was at least so fast, of the fastest read; that many are the least that will do."""
 Weights = dict[str, Tensor]
 Turn = Callable[[int], Tensor]
 """Run so many tokens from the end of the prompt on, and give the last logits."""
@@ -49,6 +52,15 @@ class Row:
     gb_per_s: float
     slack: float
     beside: float
+    turns: int
+
+
+class Beside(NamedTuple):
+    """Seconds a token of one turn, and bytes a second of plain reads right before and after it."""
+
+    seconds: float
+    before: float
+    after: float
 
 
 def random_weights() -> Weights:
@@ -252,25 +264,32 @@ def check_parity(turns: dict[str, tuple[Turn, int]]) -> None:
 
 def interleaved(turns: dict[str, tuple[Turn, int]], rounds: int, tokens: int) -> tuple[list[Row], float]:
     """(rows, the best read bandwidth seen between the rounds)"""
-    times: dict[str, list[float]] = {name: [] for name in turns}
-    beside: dict[str, list[float]] = {name: [] for name in turns}
+    seen: dict[str, list[Beside]] = {name: [] for name in turns}
     best = read_bandwidth(read_size(), seconds=0.3).value
     values = torch.ones(read_size() // 4)
     collapse([values])
     for _ in range(rounds):
-        for name, (turn, least) in turns.items():
+        for name, (turn, _) in turns.items():
             turn(1)
             before, start = now_read(values), time.perf_counter()
             turn(tokens)
-            times[name].append((time.perf_counter() - start) / tokens)
-            beside[name].append(times[name][-1] * (before + now_read(values)) / 2 / least)
+            seconds = (time.perf_counter() - start) / tokens
+            seen[name].append(Beside(seconds, before, now_read(values)))
         best = max(best, read_bandwidth(read_size(), seconds=0.1).value)
+    seen = calm(seen)
     rows = []
     for name, (_, least) in turns.items():
-        seconds = statistics.median(times[name])
-        rates = seconds * 1e3, least / seconds / 1e9
-        rows.append(Row(name, *rates, seconds * best / least, statistics.median(beside[name])))
+        seconds = statistics.median(turn.seconds for turn in seen[name])
+        beside = statistics.median(turn.seconds * (turn.before + turn.after) / 2 / least for turn in seen[name])
+        rows.append(Row(name, seconds * 1e3, least / seconds / 1e9, seconds * best / least, beside, len(seen[name])))
     return rows, best
+
+
+def calm(seen: dict[str, list[Beside]]) -> dict[str, list[Beside]]:
+    """The turns before and after which memory was about as fast as ever; all of them where a player has too few."""
+    bar = CALM * max(max(turn.before, turn.after) for turns in seen.values() for turn in turns)
+    found = {name: [turn for turn in turns if min(turn.before, turn.after) >= bar] for name, turns in seen.items()}
+    return found if min(map(len, found.values())) >= FEW else seen
 
 
 def now_read(values: Tensor) -> float:
@@ -370,7 +389,7 @@ def main() -> None:
         print(f"{cpu_name()}, {torch.get_num_threads()} threads, read bandwidth {best / 1e9:.1f} GB/s")
         for row in rows:
             rates = f"{row.ms:7.2f} ms  {row.gb_per_s:6.1f} GB/s"
-            print(f"{row.name:20} {rates}  slack {row.slack:.2f}  beside a read {row.beside:.2f}")
+            print(f"{row.name:20} {rates}  slack {row.slack:.2f}  beside a read {row.beside:.2f}  {row.turns} turns")
     if options.json:
         Path(options.json).write_text(json.dumps(record, indent=1) + "\n")
 

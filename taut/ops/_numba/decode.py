@@ -11,13 +11,11 @@ import numpy as np
 from numba import njit
 
 from taut.ops._numba.parallel import shared
-from taut.ops._numba.rows import fetch
+from taut.ops._numba.rows import AHEAD, fetch
 from taut.ops._numba.scalar import JIT, array, borrowed, down, exp, span, tanh, up
 from taut.ops._numba.simd import blend, dots, peak, tile
 
 HIDDEN = nb.float32(-np.inf)
-AHEAD = 20480
-"""How far ahead to ask for keys, in bytes."""
 
 
 @njit(**JIT)

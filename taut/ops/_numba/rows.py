@@ -81,14 +81,20 @@ def further(builder: Any, place: Any, stop: Any, after: Any) -> Any:
     return builder.select(builder.icmp_signed("<", ahead, stop), ahead, beyond)
 
 
+def of_a_pair(builder: Any, address: Any) -> Any:
+    """The first line of the pair that an address lies in; who asks for it is given the second, not the other way."""
+    return builder.and_(address, ir.Constant(WORD, -2 * LINE))
+
+
 @intrinsic
 def fetch(_typing, address, size):
     """Ask for `size` bytes of memory from an address on."""
 
     def generate(context, builder, _signature, args):
         address, size = args
-        with upto(builder, ir.Constant(WORD, 0), builder.sdiv(size, ir.Constant(WORD, LINE))) as loop:
-            prefetch(builder, at(builder, address, (loop.index, LINE)), 1)
+        first = of_a_pair(builder, address)
+        with upto(builder, ir.Constant(WORD, 0), builder.sdiv(size, ir.Constant(WORD, 2 * LINE))) as loop:
+            prefetch(builder, at(builder, first, (loop.index, 2 * LINE)), 1)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), generate
@@ -126,8 +132,8 @@ def dense_products(builder: Any, tag: types.Type, rows: list[Any], inputs: list[
         soon, lines = at(builder, ahead, (start, size * len(rows))), STEP * size * len(rows) // LINE
         if size == 1:  # read in more parts than the hardware takes for a stream
             prefetch(builder, soon, lines)
-        else:  # who asks for the first line of a pair is given the second
-            prefetch(builder, builder.and_(soon, ir.Constant(WORD, -2 * LINE)), lines, every=2)
+        else:
+            prefetch(builder, of_a_pair(builder, soon), lines, every=2)
         for n in range(0, STEP, LANES):
             here, before = at(builder, start, (n, 1)), ir.Constant(WORD, n)
             places = [at(builder, row, (here, size)) for row in rows]

@@ -9,6 +9,7 @@ from numba import njit, types
 from numba.core import cgutils
 
 from taut.ops._numba.parallel import together
+from taut.ops._numba.rows import AHEAD, fetch
 from taut.ops._numba.scalar import JIT, intrinsic
 from taut.runtime._numba.dense import beginning, combine, glu, linear, normalize
 from taut.runtime._numba.place import attend, embed, merge_chunks, turn
@@ -18,6 +19,9 @@ WORD = ir.IntType(64)
 PAUSE = {"x86_64": "llvm.x86.sse2.pause", "AMD64": "llvm.x86.sse2.pause"}.get(platform.machine())
 PATIENCE = 20000
 """Rounds of waiting after which the processor is offered to others."""
+
+MEANWHILE, PORTION = 2**17, 512
+"""Bytes that are asked for at most while a thread waits, and at a time."""
 
 give_way = types.ExternalFunction("sched_yield", types.int32())
 
@@ -56,10 +60,13 @@ def pause(_typing):
 
 
 @njit(**JIT)
-def wait_for(counter, count):
+def wait_for(counter, count, soon):
+    """Until so many have arrived; meanwhile memory is asked for what stands at `soon` and behind it."""
     rounds = 0
     arrive(counter)
     while arrived(counter) < count:
+        if rounds < MEANWHILE // PORTION:
+            fetch(soon + rounds * PORTION, PORTION)
         pause()
         rounds += 1
         if rounds > PATIENCE:
@@ -77,7 +84,7 @@ def play(part, parts, steps, attends, first, last, rows, tokens, positions, slot
             attend(a, rows, positions, slots, mine, part, parts, True)
         if p.wait and parts > 1:
             waits += 1
-            wait_for(counter, waits * parts)
+            wait_for(counter, waits * parts, beginning(steps[p.soon], part, parts) + AHEAD)
         if p.code == LINEAR:
             linear(p, rows, mine, part, parts, beginning(steps[p.next], part, parts))
         elif p.code == GLU:

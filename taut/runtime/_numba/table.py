@@ -14,12 +14,12 @@ WORDS = """
     code wait out out_stride n x x_stride k
     form w s bias form2 w2 s2 bias2
     norm gain norm_bias act residual residual_stride
-    b b_stride offset product attend next
+    b b_stride offset product attend next soon
 """
 NUMBERS = "eps scale b_scale cap"
 STEP = np.dtype([(word, np.int64) for word in WORDS.split()] + [(number, np.float64) for number in NUMBERS.split()])
 """A step; `wait` says that what it reads or overwrites may still be in the hands of another thread.
-`next` is the step that reads a weight next; its memory is fetched early."""
+`next` is the step that reads a weight after this one, `soon` the first from this one on: memory is fetched early."""
 
 ATTEND_WORDS = """
     q q_stride k k_stride v v_stride turned turned_stride heads kv_heads d dv
