@@ -130,7 +130,7 @@ def dense_products(builder: Any, tag: types.Type, rows: list[Any], inputs: list[
 
     def block(start: Any, count: Any | None) -> None:
         soon, lines = at(builder, ahead, (start, size * len(rows))), STEP * size * len(rows) // LINE
-        if size == 1:  # read in more parts than the hardware takes for a stream
+        if size == 1 or len(rows) > 1:  # read in more parts, or more streams, than the hardware follows
             prefetch(builder, soon, lines)
         else:
             prefetch(builder, of_a_pair(builder, soon), lines, every=2)
