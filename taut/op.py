@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from inspect import Parameter as Argument
 from inspect import signature
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -36,8 +36,7 @@ class Work:
         return Work(self.flops + other.flops, self.bytes + other.bytes)
 
 
-@dataclass(frozen=True)
-class Impl:
+class Impl(NamedTuple):
     name: str
     run: Callable[..., Any]
     when: Callable[..., Reason]
@@ -86,9 +85,9 @@ class Op:
     def __call__(self, *args: Any, impl: str | None = None, **kwargs: Any) -> Any:
         if impl is not None:
             return self._by_name(impl, args, kwargs)
-        for candidate in self.impls:
-            if candidate.when(*args, **kwargs) is None:
-                return candidate.run(*args, **kwargs)
+        for _, run, when in self.impls:
+            if when(*args, **kwargs) is None:
+                return run(*args, **kwargs)
         return self.reference(*args, **kwargs)
 
     def _by_name(self, name: str, args: tuple, kwargs: dict) -> Any:

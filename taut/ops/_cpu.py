@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 
 TAGS = {
     torch.float32: np.float32(0),
@@ -18,6 +18,7 @@ TAGS = {
     torch.uint8: np.uint8(0),
     torch.bool: np.uint8(0),
 }
+FLOAT = TAGS[torch.float32]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ONE_THREAD = 1 << 16
 """Bytes read below which waking the other threads costs more than it saves."""
@@ -25,7 +26,7 @@ ONE_THREAD = 1 << 16
 
 def refusal(*tensors: Tensor | None, strided: bool = False) -> str | None:
     """Why no kernel may run on these tensors, or None: another device, a gradient, gaps between the elements."""
-    graded = torch.is_grad_enabled()
+    graded = is_grad_enabled()
     for t in tensors:
         if t is None:
             continue
@@ -33,7 +34,7 @@ def refusal(*tensors: Tensor | None, strided: bool = False) -> str | None:
             return f"a tensor is on {t.device.type}"
         if graded and t.requires_grad:
             return "a gradient is asked for"
-        if not strided and not t.is_contiguous():
+        if not (strided or t.is_contiguous()):
             return "a tensor is not contiguous"
         if t.dtype not in TAGS:
             return f"a tensor is {t.dtype}"

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, empty_like
 
 from taut.op import Reason, Work, nbytes, op
-from taut.ops._cpu import address, kernel, refusal, tag, threads
+from taut.ops._cpu import FLOAT, TAGS, kernel, refusal, threads
 from taut.ops._wide import wide
 
 
@@ -48,12 +48,23 @@ def _(make):
 
 
 def _fits(x, gain=None, bias=None, eps=1e-5) -> Reason:
-    return "eps is a tensor" if isinstance(eps, Tensor) else refusal(x, gain, bias)
+    return refusal(x, gain, bias) if isinstance(eps, (float, int)) else "eps is a tensor"
 
 
 @layer_norm.impl("numba", when=_fits, opaque=True)
 def _(x, gain=None, bias=None, eps=1e-5):
-    y, d = torch.empty_like(x), x.shape[-1]
-    places = x.data_ptr(), address(gain), address(bias), y.data_ptr()
-    kernel("norms", "layer_norm")(*places, x.numel() // d, d, eps, threads(x.nbytes), tag(x), tag(gain), tag(bias))
+    y, d = empty_like(x), x.shape[-1]
+    kernel("norms", "layer_norm")(
+        x.data_ptr(),
+        0 if gain is None else gain.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        x.numel() // d,
+        d,
+        eps,
+        threads(x.nbytes),
+        TAGS[x.dtype],
+        FLOAT if gain is None else TAGS[gain.dtype],
+        FLOAT if bias is None else TAGS[bias.dtype],
+    )
     return y
