@@ -34,7 +34,7 @@ def refusal(*tensors: Tensor | None, strided: bool = False) -> str | None:
             return f"a tensor is on {t.device.type}"
         if graded and t.requires_grad:
             return "a gradient is asked for"
-        if not (strided or t.is_contiguous()):
+        if not strided and not t.is_contiguous():
             return "a tensor is not contiguous"
         if t.dtype not in TAGS:
             return f"a tensor is {t.dtype}"

@@ -53,7 +53,7 @@ def _(x, gain=None, eps=1e-6):
 
 
 def _fits(x, gain=None, eps=1e-6) -> Reason:
-    return refusal(x, gain) if isinstance(eps, (float, int)) else "eps is a tensor"
+    return "eps is a tensor" if isinstance(eps, Tensor) else refusal(x, gain)
 
 
 @rms_norm.impl("numba", when=_fits, opaque=True)

@@ -322,11 +322,12 @@ def put_waits(records: list[Record]) -> None:
 
 def put_next(records: list[Record]) -> None:
     """Tell every step which one reads a weight first from it on, and those that do, which one does so after them."""
-    readers = [i for i, record in enumerate(records) if record.fields["code"] in (table.LINEAR, table.GLU)]
-    for i, following in zip(readers, readers[1:] + readers[:1], strict=True):
-        records[i].fields["next"] = following
-    for i, record in enumerate(records):
-        record.fields["soon"] = next((reader for reader in readers if reader >= i), readers[0] if readers else i)
+    readers = {i for i, record in enumerate(records) if record.fields["code"] in (table.LINEAR, table.GLU)}
+    soon = min(readers, default=0)
+    for i in reversed(range(len(records))):
+        if i in readers:
+            records[i].fields["next"], soon = soon, i
+        records[i].fields["soon"] = soon
 
 
 def table_of(kind: np.dtype, rows: list[Fields]) -> np.ndarray:
