@@ -80,7 +80,7 @@ def fixed(q: Tensor, ks: list[Tensor], vs: list[Tensor], longest: Tensor, y: Ten
 def row(name: str, lengths: list[int]) -> dict:
     torch.manual_seed(0)
     nbytes = sum(lengths) * KV * D * 4
-    copies = 1 if nbytes > 5e8 else copies_for(nbytes, least=2, most=16)
+    copies = copies_for(nbytes, least=4, most=16)
     q = torch.randn(len(lengths), HEADS, D, device="cuda", dtype=torch.bfloat16)
     ks, vs = caches(lengths, copies)
     on_device = torch.tensor(lengths, device="cuda", dtype=torch.int32)
@@ -101,7 +101,7 @@ def tune(name: str, lengths: list[int]) -> None:
     """Print every configuration and cuDNN by their microseconds, the fastest first; a wrong one ends the run."""
     torch.manual_seed(0)
     nbytes = sum(lengths) * KV * D * 4
-    copies = 1 if nbytes > 5e8 else copies_for(nbytes, least=2, most=16)
+    copies = copies_for(nbytes, least=4, most=16)
     q = torch.randn(len(lengths), HEADS, D, device="cuda", dtype=torch.bfloat16)
     ks, vs = caches(lengths, copies)
     on_device, y = torch.tensor(lengths, device="cuda", dtype=torch.int32), torch.empty_like(q)

@@ -80,4 +80,6 @@ def test_decode_attention(batch: int, paged: bool, d: int, stages: int, whole: b
     made = compiled(lean.attend, constants, 4, stages, types)
     assert ("prefetch.global.L2" in made.asm["ptx"]) == (not paged)
     assert "cp.async" in made.asm["ptx"]
-    assert compiled(lean.merge, sizes | {"WIDTH": d // 4, "PARTS": 32}, 4, 1, types).asm["cubin"]
+    joined = compiled(lean.merge, sizes | {"WIDTH": d // 4, "PARTS": 32}, 4, 1, types).asm["ptx"]
+    places = [joined.index(f"griddepcontrol.{word}") for word in ("launch_dependents", "wait")]
+    assert (places == sorted(places)) == (batch > 1)

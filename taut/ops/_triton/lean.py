@@ -192,9 +192,14 @@ def merge(
     g1 = ((first + own) * programs - 1) // tl.maximum(total, 1)
     out = y + (tl.program_id(0) * GROUP + member) * D + feature
     if PDL:
+        # Of several sequences some programs have parts to join and others none. The next call's would crowd where none
+        # are, so they come while this call's all hold their places. Of one sequence they come only now: what they ask
+        # for ahead would stand in the way of this call's keys.
+        if BATCH > 1:
+            gdc_launch_dependents()
         gdc_wait()
-        # only now, so that what the next kernel asks for ahead does not stand in the way of this call's keys
-        gdc_launch_dependents()
+        if BATCH == 1:
+            gdc_launch_dependents()
     if own == 0:
         tl.store(out, tl.zeros([WIDTH], y.dtype.element_ty), mask=feature < D)
     elif g1 > g0:
