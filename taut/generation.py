@@ -51,7 +51,8 @@ class Spent:
         said += f", {self.bandwidth / 1e9:.1f} GB/s, "
         if self.slack is None:
             return said + "slack not known: run `taut machines --measure` once"
-        return said + f"slack {self.slack:.2f}" + (" (a cache helped)" if self.slack < 1 else "")
+        why = " (a cache helped, or memory was slow when it was measured)" if self.slack < 1 else ""
+        return said + f"slack {self.slack:.2f}{why}"
 
 
 class Tokenizer(Protocol):
