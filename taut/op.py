@@ -38,8 +38,10 @@ class Work:
 
 class Impl(NamedTuple):
     name: str
-    run: Callable[..., Any]
     when: Callable[..., Reason]
+    run: Callable[..., Any]
+    traced: Callable[..., Any]
+    """What a tracer sees: `run`, or a custom op."""
 
 
 @dataclass(eq=False)
@@ -66,8 +68,8 @@ class Op:
         """
 
         def attach(run: Callable[..., Any]):
-            traceable = _traceable(f"taut::{self.name}_{name}", run, self.reference) if opaque else run
-            self.impls.insert(0, Impl(name, traceable, when))
+            traced = _custom(f"taut::{self.name}_{name}", run, self.reference) if opaque else run
+            self.impls.insert(0, Impl(name, when, run, traced))
             return run
 
         return attach
@@ -85,9 +87,9 @@ class Op:
     def __call__(self, *args: Any, impl: str | None = None, **kwargs: Any) -> Any:
         if impl is not None:
             return self._by_name(impl, args, kwargs)
-        for _, run, when in self.impls:
-            if when(*args, **kwargs) is None:
-                return run(*args, **kwargs)
+        for candidate in self.impls:
+            if candidate.when(*args, **kwargs) is None:
+                return _run(candidate, args, kwargs)
         return self.reference(*args, **kwargs)
 
     def _by_name(self, name: str, args: tuple, kwargs: dict) -> Any:
@@ -98,7 +100,7 @@ class Op:
                 reason = candidate.when(*args, **kwargs)
                 if reason is not None:
                     raise RuntimeError(f"{self.name}: {name} cannot run this call: {reason}")
-                return candidate.run(*args, **kwargs)
+                return _run(candidate, args, kwargs)
         known = ", ".join([i.name for i in self.impls] + ["reference"])
         raise KeyError(f"{self.name} has no implementation {name!r}; it has {known}")
 
@@ -111,18 +113,18 @@ class Op:
         return f"op {self.name}"
 
 
-def _traceable(name: str, run: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
-    """`run`, which a tracer sees as a custom op with the reference's shapes; called directly when nothing traces."""
+def _run(impl: Impl, args: tuple, kwargs: dict) -> Any:
+    """Run an implementation, or let a tracer see it."""
+    first = args[0] if args else next(iter(kwargs.values()))
+    direct = type(first) in PLAIN and not is_compiling()
+    return (impl.run if direct else impl.traced)(*args, **kwargs)
+
+
+def _custom(name: str, run: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
+    """`run` as a custom op with the reference's arguments and shapes."""
     custom = torch.library.custom_op(name, run, mutates_args=(), schema=_schema(reference))
     custom.register_fake(lambda *args, **kwargs: tree_map_only(Tensor, _dense, reference(*args, **kwargs)))
-
-    @functools.wraps(run)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        first = args[0] if args else next(iter(kwargs.values()))
-        direct = type(first) in PLAIN and not is_compiling()
-        return run(*args, **kwargs) if direct else custom(*args, **kwargs)
-
-    return call
+    return custom
 
 
 def _schema(function: Callable[..., Any]) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -46,6 +48,10 @@ def address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
+def dtype(t: Tensor | None) -> torch.dtype | None:
+    return None if t is None else t.dtype
+
+
 def tag(t: Tensor | None):
     """A scalar whose type tells numba how the tensor is stored."""
     return TAGS[torch.float32 if t is None else t.dtype]
@@ -60,3 +66,16 @@ def threads(nbytes: int) -> int:
 def kernel(module: str, name: str) -> Any:
     """A kernel of `_numba`, imported at its first use, since numba takes half a second to import."""
     return getattr(import_module(f"taut.ops._numba.{module}"), name)
+
+
+@cache
+def norm(name: str, *dtypes: torch.dtype | None) -> Callable[..., None]:
+    """A kernel of `_numba.norms` for tensors of these dtypes, None for no tensor; called with what follows their tags.
+
+    numba would choose it by the types of all arguments at every call, which takes longer than a row.
+    """
+    from numba import float64, int64, typeof
+
+    found, tags = kernel("norms", name), [FLOAT if dtype is None else TAGS[dtype] for dtype in dtypes]
+    numbers = len(signature(found.py_func).parameters) - len(tags) - 1
+    return partial(found.compile((*map(typeof, tags), *[int64] * numbers, float64)), *tags)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from taut.op import Reason, Work, nbytes, op
 from taut.ops import _gpu
-from taut.ops._cpu import address, kernel, refusal, tag, threads
+from taut.ops._cpu import address, dtype, norm, refusal, threads
 from taut.ops.rms_norm import rms_norm
 
 
@@ -63,5 +63,5 @@ def _fits(x, residual, gain=None, eps=1e-6) -> Reason:
 def _(x, residual, gain=None, eps=1e-6):
     y, total, d = torch.empty_like(x), torch.empty_like(x), x.shape[-1]
     places = x.data_ptr(), residual.data_ptr(), address(gain), y.data_ptr(), total.data_ptr()
-    kernel("norms", "add_rms_norm")(*places, x.numel() // d, d, eps, threads(2 * x.nbytes), tag(x), tag(gain))
+    norm("add_rms_norm", x.dtype, dtype(gain))(*places, x.numel() // d, d, threads(2 * x.nbytes), eps)
     return y, total

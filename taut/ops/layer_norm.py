@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, empty_like
 
 from taut.op import Reason, Work, nbytes, op
-from taut.ops._cpu import FLOAT, TAGS, kernel, refusal, threads
+from taut.ops._cpu import norm, refusal, threads
 from taut.ops._wide import wide
 
 
@@ -54,18 +54,15 @@ def _fits(x, gain=None, bias=None, eps=1e-5) -> Reason:
 @layer_norm.impl("numba", when=_fits, opaque=True)
 def _(x, gain=None, bias=None, eps=1e-5):
     y, d = empty_like(x), x.shape[-1]
-    # without `address` and `tag`: of few rows, their calls would take a tenth of torch's whole layer_norm
-    kernel("norms", "layer_norm")(
+    # without `address` and `dtype`: of few rows, their calls would take a tenth of torch's whole layer_norm
+    norm("layer_norm", x.dtype, None if gain is None else gain.dtype, None if bias is None else bias.dtype)(
         x.data_ptr(),
         0 if gain is None else gain.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
         x.numel() // d,
         d,
-        eps,
         threads(x.nbytes),
-        TAGS[x.dtype],
-        FLOAT if gain is None else TAGS[gain.dtype],
-        FLOAT if bias is None else TAGS[bias.dtype],
+        eps,
     )
     return y

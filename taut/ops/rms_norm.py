@@ -12,7 +12,7 @@ from torch import Tensor
 
 from taut.op import Reason, Work, nbytes, op
 from taut.ops import _gpu
-from taut.ops._cpu import address, kernel, refusal, tag, threads
+from taut.ops._cpu import address, dtype, norm, refusal, threads
 from taut.ops._wide import wide
 
 
@@ -60,5 +60,5 @@ def _fits(x, gain=None, eps=1e-6) -> Reason:
 def _(x, gain=None, eps=1e-6):
     y, d = torch.empty_like(x), x.shape[-1]
     places = x.data_ptr(), address(gain), y.data_ptr()
-    kernel("norms", "rms_norm")(*places, x.numel() // d, d, eps, threads(x.nbytes), tag(x), tag(gain))
+    norm("rms_norm", x.dtype, dtype(gain))(*places, x.numel() // d, d, threads(x.nbytes), eps)
     return y

@@ -1,4 +1,4 @@
-"""Norms, a row at a time: read from memory once, then from the nearest cache, while the next row is asked for."""
+"""Norms, a row at a time: read from memory once, then from the nearest cache, while a later row is asked for."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from llvmlite import ir
 from numba import njit, types
 
 from taut.ops._numba.parallel import shared
-from taut.ops._numba.rows import LINE, prefetch
+from taut.ops._numba.rows import LINE, fetch, prefetch
 from taut.ops._numba.scalar import EXACT, JIT, array, down, intrinsic, narrow, span, up
 from taut.ops._numba.simd import BITS, FUSE, LANES, WORD, at, broadcast, load, upto
+
+SOON = 8192
+"""Bytes ahead that memory is asked for at the least: a short row is done before the next one has come."""
 
 
 @intrinsic(prefer_literal=True)
@@ -69,6 +72,20 @@ def moved(x, gain, bias, y, d, mean, alpha, ahead, tag, gain_tag, bias_tag):
 
 
 @njit(**JIT)
+def begin(x, rows, size, part, parts):
+    """The half-open range of a part's rows, of which the first are asked for."""
+    first, last = span(rows, part, parts)
+    fetch(x + first * size, min(SOON, (last - first) * size))
+    return first, last
+
+
+@njit(**JIT)
+def later(row, size, last):
+    """Where the row to ask for meanwhile begins, in bytes: SOON or a whole row on, and none beyond the last."""
+    return min(row * size + max(size, SOON), (last - 1) * size)
+
+
+@njit(**JIT)
 def inverse_rms(source, d, eps):
     squares = nb.float32(0)
     for i in range(d):
@@ -81,9 +98,9 @@ def inverse_rms(source, d, eps):
 def rms_part(part, parts, x, gain, y, rows, d, eps, tag, gain_tag):
     source, none = array(x, (rows, d), tag), nb.float32(0)
     size = d * source.itemsize
-    first, last = span(rows, part, parts)
+    first, last = begin(x, rows, size, part, parts)
     for row in range(first, last):
-        alpha, at_row, ahead = inverse_rms(source[row], d, eps), x + row * size, x + min(row + 1, last - 1) * size
+        alpha, at_row, ahead = inverse_rms(source[row], d, eps), x + row * size, x + later(row, size, last)
         moved(at_row, gain, 0, y + row * size, d, none, alpha, ahead, tag, gain_tag, gain_tag)
 
 
@@ -91,7 +108,7 @@ share_rms = shared(rms_part)
 
 
 @njit(**JIT)
-def rms_norm(x, gain, y, rows, d, eps, parts, tag, gain_tag):
+def rms_norm(tag, gain_tag, x, gain, y, rows, d, parts, eps):
     share_rms(parts, (x, gain, y, rows, d, eps, tag, gain_tag))
 
 
@@ -99,12 +116,12 @@ def rms_norm(x, gain, y, rows, d, eps, parts, tag, gain_tag):
 def add_rms_part(part, parts, x, residual, gain, y, total, rows, d, eps, tag, gain_tag):
     xs, rs, sums = array(x, (rows, d), tag), array(residual, (rows, d), tag), array(total, (rows, d), tag)
     size, none = d * xs.itemsize, nb.float32(0)
-    first, last = span(rows, part, parts)
+    first, last = begin(x, rows, size, part, parts)
     for row in range(first, last):
         a, b, c = xs[row], rs[row], sums[row]
         for i in range(d):
             c[i] = down(up(a[i]) + up(b[i]), tag)
-        ahead = x + min(row + 1, last - 1) * size
+        ahead = x + later(row, size, last)
         moved(
             total + row * size, gain, 0, y + row * size, d, none, inverse_rms(c, d, eps), ahead, tag, gain_tag, gain_tag
         )
@@ -114,7 +131,7 @@ share_add_rms = shared(add_rms_part)
 
 
 @njit(**JIT)
-def add_rms_norm(x, residual, gain, y, total, rows, d, eps, parts, tag, gain_tag):
+def add_rms_norm(tag, gain_tag, x, residual, gain, y, total, rows, d, parts, eps):
     share_add_rms(parts, (x, residual, gain, y, total, rows, d, eps, tag, gain_tag))
 
 
@@ -122,7 +139,7 @@ def add_rms_norm(x, residual, gain, y, total, rows, d, eps, parts, tag, gain_tag
 def layer_part(part, parts, x, gain, bias, y, rows, d, eps, tag, gain_tag, bias_tag):
     source = array(x, (rows, d), tag)
     size = d * source.itemsize
-    first, last = span(rows, part, parts)
+    first, last = begin(x, rows, size, part, parts)
     for row in range(first, last):
         a, total, squares = source[row], nb.float32(0), nb.float32(0)
         for i in range(d):
@@ -132,7 +149,7 @@ def layer_part(part, parts, x, gain, bias, y, rows, d, eps, tag, gain_tag, bias_
             value = up(a[i]) - mean
             squares += value * value
         alpha = nb.float32(1) / math.sqrt(squares / nb.float32(d) + nb.float32(eps))
-        ahead = x + min(row + 1, last - 1) * size
+        ahead = x + later(row, size, last)
         moved(x + row * size, gain, bias, y + row * size, d, mean, alpha, ahead, tag, gain_tag, bias_tag)
 
 
@@ -140,5 +157,5 @@ share_layer = shared(layer_part)
 
 
 @njit(**JIT)
-def layer_norm(x, gain, bias, y, rows, d, eps, parts, tag, gain_tag, bias_tag):
+def layer_norm(tag, gain_tag, bias_tag, x, gain, bias, y, rows, d, parts, eps):
     share_layer(parts, (x, gain, bias, y, rows, d, eps, tag, gain_tag, bias_tag))
