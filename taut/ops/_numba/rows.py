@@ -24,6 +24,7 @@ from taut.ops._numba.simd import (
     at,
     load,
     multiply_add,
+    rolled,
     store,
     totals,
     upto,
@@ -31,7 +32,7 @@ from taut.ops._numba.simd import (
 )
 
 ROWS, CHAINS, STEP = 4, 2, 64
-"""Rows of a tile, vectors in which a product is collected by turns, and inputs that are taken at once."""
+"""Rows of a tile, vectors in which a product is collected by turns, and inputs for which memory is asked at once."""
 AHEAD, LINE = 12288, 64
 """How far ahead to ask for memory, in bytes: the hardware alone loses the stream at the end of every page."""
 READ, SECOND_LEVEL, DATA = 0, 2, 1
@@ -121,6 +122,8 @@ def dense_products(builder: Any, tag: types.Type, rows: list[Any], inputs: list[
     """For every row and token a vector whose lanes add up to their product."""
     size, kind = BITS[tag] // 8, stored_type(tag)
     sums = [[zeros(builder, VECTOR, CHAINS) for _ in inputs] for _ in rows]
+    # Where nothing but reading binds, few instructions may read: the hardware knows a stream by them.
+    at_once = CHAINS * LANES if tag == types.float32 and len(rows) == len(inputs) == 1 else STEP
 
     def add(start: Any, chain: int, values: list[Any]) -> None:
         for t, x in enumerate(inputs):
@@ -128,21 +131,29 @@ def dense_products(builder: Any, tag: types.Type, rows: list[Any], inputs: list[
             for row, value in zip(sums, values, strict=True):
                 multiply_add(builder, row[t][chain], value, seen)
 
-    def block(start: Any, count: Any | None) -> None:
+    def ask(start: Any) -> None:
         soon, lines = at(builder, ahead, (start, size * len(rows))), STEP * size * len(rows) // LINE
         if size == 1 or len(rows) > 1:  # read in more parts, or more streams, than the hardware follows
             prefetch(builder, soon, lines)
         else:
             prefetch(builder, of_a_pair(builder, soon), lines, every=2)
+
+    def rest(start: Any, count: Any) -> None:
         for n in range(0, STEP, LANES):
-            here, before = at(builder, start, (n, 1)), ir.Constant(WORD, n)
-            places = [at(builder, row, (here, size)) for row in rows]
-            if count is None:
-                add(here, n // LANES % CHAINS, [load(builder, place, tag, LANES) for place in places])
-                continue
-            with builder.if_then(builder.icmp_signed(">", count, before)):
-                some = [load_first(builder, place, kind, LANES, builder.sub(count, before)) for place in places]
+            with builder.if_then(builder.icmp_signed(">", count, ir.Constant(WORD, n))):
+                here, left = at(builder, start, (n, 1)), builder.sub(count, ir.Constant(WORD, n))
+                some = [load_first(builder, at(builder, row, (here, size)), kind, LANES, left) for row in rows]
                 add(here, n // LANES % CHAINS, [widen(builder, values, tag) for values in some])
+
+    def block(start: Any, count: Any | None) -> None:
+        ask(start)
+        if count is not None:
+            return rest(start, count)
+        with rolled(builder, start, at(builder, start, (STEP, 1)), at_once) as these:
+            for n in range(0, at_once, LANES):
+                here = at(builder, these, (n, 1))
+                places = [at(builder, row, (here, size)) for row in rows]
+                add(here, n // LANES % CHAINS, [load(builder, place, tag, LANES) for place in places])
 
     walk(builder, k, STEP, block)
     return [[tree(builder, [builder.load(chain) for chain in chains]) for chains in row] for row in sums]
@@ -169,19 +180,16 @@ def put_sums(builder: Any, found: Products, out: Any, stride: Any, rows: Any) ->
 def put_products(
     builder: Any, abreast: int, tokens: int, rows: Any, products: Callable[[list[Any]], Products], out: Any, stride: Any
 ) -> None:
-    """out[t, j] from products([j]) one row after the other, or from those of all ROWS at once where `abreast`.
-
-    The rows are a loop that the compiler does not unroll: the hardware knows a stream by the instruction that reads it.
-    """
+    """out[t, j] from products([j]) one row after the other, or from those of all ROWS at once where `abreast`."""
     if abreast == ROWS:
         return put_sums(builder, products([ir.Constant(WORD, j) for j in range(ROWS)]), out, stride, rows)
     kept = [cgutils.alloca_once(builder, VECTOR, ROWS) for _ in range(tokens)]
     for place in kept:
         for j in range(ROWS):
             builder.store(splat(VECTOR, 0.0), builder.gep(place, [ir.Constant(WORD, j)]))
-    with upto(builder, ir.Constant(WORD, 0), rows) as loop:
-        for place, vector in zip(kept, products([loop.index])[0], strict=True):
-            builder.store(vector, builder.gep(place, [loop.index]))
+    with rolled(builder, ir.Constant(WORD, 0), rows) as row:
+        for place, vector in zip(kept, products([row])[0], strict=True):
+            builder.store(vector, builder.gep(place, [row]))
     found = [[builder.load(builder.gep(place, [ir.Constant(WORD, j)])) for place in kept] for j in range(ROWS)]
     put_sums(builder, found, out, stride, rows)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from llvmlite import ir
@@ -67,6 +69,31 @@ def at(builder: Any, base: Any, *terms: tuple[Any | int, Any | int]) -> Any:
 
 def upto(builder: Any, start: Any, stop: Any):
     return cgutils.for_range(builder, stop, start=start, intp=WORD)
+
+
+@contextmanager
+def rolled(builder: Any, start: Any, stop: Any, step: int = 1) -> Iterator[Any]:
+    """A loop from start to stop that the compiler does not unroll."""
+    before = builder.block
+    head, body, after = (builder.append_basic_block(name) for name in ("head", "body", "after"))
+    builder.branch(head)
+    builder.position_at_end(head)
+    index = builder.phi(WORD)
+    index.add_incoming(start, before)
+    builder.cbranch(builder.icmp_signed("<", index, stop), body, after)
+    builder.position_at_end(body)
+    yield index
+    index.add_incoming(builder.add(index, ir.Constant(WORD, step)), builder.block)
+    builder.branch(head).set_metadata("llvm.loop", not_unrolled(builder.module))
+    builder.position_at_end(after)
+
+
+def not_unrolled(module: Any) -> Any:
+    """What marks a loop as one to be left as it is, of its own for every loop: it refers to itself."""
+    wish, own = module.add_metadata(["llvm.loop.unroll.disable"]), ir.Constant(WORD, len(module.metadata))
+    loop = module.add_metadata([own, wish])
+    loop.operands = (loop, wish)
+    return loop
 
 
 @intrinsic(prefer_literal=True)
