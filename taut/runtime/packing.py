@@ -197,7 +197,7 @@ class Packer:
         self.attends.append(self._attention(step))
         index, cache = {"attend": len(self.attends) - 1}, ("cache", step.layer)
         group, longest = step.heads // step.kv_heads, self.program.max_length
-        self._room(max(group * (keys_a_chunk(longest) + 2 + step.dv), step.d))
+        self._room(max(group * (keys_a_chunk(longest) + 2 + step.dv + step.d), step.d))
         reads = {self.places[view.buffer] for view in (step.q, step.k, step.v) if view is not None}
         yield Record({"code": table.TURN} | index, reads, {"turned", cache} if step.k is not None else {"turned"})
         yield Record({"code": table.ATTEND} | index, {"turned", cache}, {"sums"})

@@ -95,3 +95,15 @@ def test_a_long_way_from_zero():
     error = lambda y: (y.double() - truth).norm() / truth.norm()  # noqa: E731
     plain = error(attention(q, k, v, impl="reference"))
     assert error(attention(q, k, v, impl="numba")) <= 2 * plain + torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("d", [8, 16, 32, 48, 80, 128])
+def test_decode_of_any_width_and_group_errs_at_most_twice_as_much_as_plain_code(d: int, dtype: torch.dtype):
+    for group in (1, 2, 3, 5):
+        q, k, v = (torch.randn(1, heads, rows, d).to(dtype) for heads, rows in ((2 * group, 1), (2, 39), (2, 39)))
+        exact = attention(q.double(), k.double(), v.double(), impl="reference")
+        plain = attention(q, k, v, impl="reference")
+        fast = attention(q, k, v, impl="numba")
+        errors = [(y.double() - exact).abs().max() for y in (fast, plain)]
+        assert errors[0] <= 2 * errors[1] + torch.finfo(dtype).eps * exact.abs().max()

@@ -10,29 +10,33 @@ import numba as nb
 import numpy as np
 from numba import njit
 
+from taut.ops._numba.caches import as_read, ask, asks_evenly, blend, tile
 from taut.ops._numba.parallel import shared
 from taut.ops._numba.rows import AHEAD, fetch
 from taut.ops._numba.scalar import JIT, array, borrowed, down, exp, span, tanh, up
-from taut.ops._numba.simd import blend, dots, peak, tile
+from taut.ops._numba.simd import dots, peak
 
 HIDDEN = nb.float32(-np.inf)
 
 
 @njit(**JIT)
-def score(q, group, d, k, k_stride, v, v_stride, count, stop, scores, stride, k_tag):
-    """scores[h, j] = q[h] . k[j]; the rows of scores are `stride` bytes apart.
+def score(q, arranged, group, d, k, k_stride, count, stop, scores, stride, soon, k_tag):
+    """scores[h, j] = q[h] . k[j]; the rows of scores are `stride` bytes apart. Asks for memory from `soon` on too.
 
-    Fetches the values meanwhile, and keys further on, which end at the address `stop`.
+    `arranged` has room for q; the last key ends at the address `stop`.
     """
     whole = count // 4 * 4 if d % 16 == 0 else 0
+    seen = as_read(k_tag, q, arranged, group, d) if whole else q
     for h in range(0, group, 4):
-        x, to, some = q + h * 4 * d, scores + h * stride, min(4, group - h)
+        x, to, some = seen + h * 4 * d, scores + h * stride, min(4, group - h)
         for j in range(0, whole, 4):
             rows, at = k + j * k_stride, to + 4 * j
-            if h == 0:
+            if h == 0 and asks_evenly(k_tag):
+                ask(soon + j * k_stride, 4 * k_stride)
+            elif h == 0:
+                fetch(soon + j * k_stride, 4 * k_stride)
                 if rows + AHEAD < stop:
                     fetch(rows + AHEAD, 4 * k_stride)
-                fetch(v + j * v_stride, 4 * v_stride)
             if some == 4:
                 tile(k_tag, 4, x, 4 * d, rows, k_stride, d, at, stride)
             elif some == 3:
@@ -43,35 +47,36 @@ def score(q, group, d, k, k_stride, v, v_stride, count, stop, scores, stride, k_
                 tile(k_tag, 1, x, 4 * d, rows, k_stride, d, at, stride)
         for j in range(whole, count):
             for t in range(some):
-                dots(k_tag, 1, k + j * k_stride, x + t * 4 * d, 0, d, to + t * stride + 4 * j)
+                dots(k_tag, 1, k + j * k_stride, q + (h + t) * 4 * d, 0, d, to + t * stride + 4 * j)
 
 
 @njit(**JIT)
-def add_rows(weights, stride, group, v, v_stride, dv, count, out, v_tag):
-    """out[h] += sum over j of weights[h, j] v[j]"""
+def add_rows(weights, stride, group, v, v_stride, dv, count, out, after, v_tag):
+    """out[h] += sum over j of weights[h, j] v[j]. Asks meanwhile for memory from `after` on."""
     size = array(v, 1, v_tag).itemsize
     for h in range(0, group, 4):
         w, to, some = weights + h * stride, out + h * 4 * dv, min(4, group - h)
         at = 0
-        while at + 64 <= dv and some == 4:
-            blend(v_tag, 4, 4, w, stride, v + at * size, v_stride, 0, count, to + 4 * at, 4 * dv)
-            at += 64
-        while at + 64 <= dv and some == 3:
-            blend(v_tag, 3, 4, w, stride, v + at * size, v_stride, 0, count, to + 4 * at, 4 * dv)
+        while at + 64 <= dv and some >= 3:
+            rows, on, next_ = v + at * size, to + 4 * at, after + at * size
+            if some == 4:
+                blend(v_tag, 4, 4, w, stride, rows, v_stride, count, on, 4 * dv, next_)
+            else:
+                blend(v_tag, 3, 4, w, stride, rows, v_stride, count, on, 4 * dv, next_)
             at += 64
         for i in range(some):
-            add_row(w + i * stride, at, v, v_stride, dv, count, to + i * 4 * dv, v_tag)
+            add_row(w + i * stride, at, v, v_stride, dv, count, to + i * 4 * dv, after, v_tag)
 
 
 @njit(**JIT)
-def add_row(weights, at, v, v_stride, dv, count, out, v_tag):
+def add_row(weights, at, v, v_stride, dv, count, out, after, v_tag):
     """`add_rows` for one head, from feature `at` on."""
     size = array(v, 1, v_tag).itemsize
     while at + 64 <= dv:
-        blend(v_tag, 1, 4, weights, 0, v + at * size, v_stride, 0, count, out + 4 * at, 0)
+        blend(v_tag, 1, 4, weights, 0, v + at * size, v_stride, count, out + 4 * at, 0, after + at * size)
         at += 64
     while at + 16 <= dv:
-        blend(v_tag, 1, 1, weights, 0, v + at * size, v_stride, 0, count, out + 4 * at, 0)
+        blend(v_tag, 1, 1, weights, 0, v + at * size, v_stride, count, out + 4 * at, 0, after + at * size)
         at += 16
     to, shares = array(out, dv, np.float32(0)), array(weights, count, np.float32(0))
     for i in range(at, dv):
@@ -129,8 +134,12 @@ def unseen(mask, count, mask_tag):
 
 @njit(**JIT)
 def chunk(q, group, d, k, k_stride, v, v_stride, dv, keys, first, last, cap, alibi, head, mask, mask_stride, additive,
-          scores, peaks, totals, out, k_tag, mask_tag):  # fmt: skip
-    """One chunk of keys for the heads of a group: (peak, total, weighted sum of values) of each."""
+          scores, peaks, totals, out, arranged, soon, after, k_tag, mask_tag):  # fmt: skip
+    """One chunk of keys for the heads of a group: (peak, total, weighted sum of values) of each.
+
+    `arranged` has room for the queries of the group. Memory from `soon` on is asked for while keys are read, and from
+    `after` on while values are.
+    """
     count, size = last - first, array(mask, 1, mask_tag).itemsize
     out[:] = 0
     if mask and mask_stride == 0 and not additive and unseen(mask + first * size, count, mask_tag):
@@ -139,14 +148,14 @@ def chunk(q, group, d, k, k_stride, v, v_stride, dv, keys, first, last, cap, ali
     stride = 4 * scores.shape[1]
     starts = k + first * k_stride, v + first * v_stride
     stop = k + keys * k_stride
-    score(q, group, d, starts[0], k_stride, starts[1], v_stride, count, stop, scores.ctypes.data, stride, k_tag)
+    score(q, arranged, group, d, starts[0], k_stride, count, stop, scores.ctypes.data, stride, soon, k_tag)
     slopes = array(alibi, head + group, np.float32(0))
     for h in range(group):
         slope = slopes[head + h] if alibi else nb.float32(0)
         marks = mask + h * mask_stride + first * size if mask else 0
         adjust(scores[h, :count], keys - 1 - first, cap, slope, marks, additive, mask_tag)
         peaks[h], totals[h] = weigh(scores[h, :count])
-    add_rows(scores.ctypes.data, stride, group, starts[1], v_stride, dv, count, out.ctypes.data, k_tag)
+    add_rows(scores.ctypes.data, stride, group, starts[1], v_stride, dv, count, out.ctypes.data, after, k_tag)
 
 
 @njit(**JIT)
@@ -174,18 +183,21 @@ def pieces(part, parts, wide, k, k_strides, v, v_strides, shape, cap, mask, mask
     batch, heads, kv_heads, lowest, keys, step = shape
     wide, peaks, totals, sums = borrowed(wide), borrowed(peaks), borrowed(totals), borrowed(sums)
     chunks, dv, d, group = sums.shape[0], sums.shape[2], wide.shape[1], heads // kv_heads
-    scores = np.empty((group, step), np.float32)
+    scores, arranged = np.empty((group, step), np.float32), np.empty((group, d), np.float32)
     begin, end = span(batch * kv_heads * chunks, part, parts)
     for piece in range(begin, end):
-        pair, c = piece // chunks, piece % chunks
-        b, kv = pair // kv_heads, pair % kv_heads
+        b, kv, c = piece // chunks // kv_heads, piece // chunks % kv_heads, piece % chunks
         head, first = b * heads + kv * group, lowest + c * step
         mine, last = slice(head, head + group), min(first + step, keys)
+        next_ = min(piece + 1, end - 1)
+        soon = v + b * v_strides[0] + kv * v_strides[1] + first * v_strides[2]
+        after = k + next_ // chunks // kv_heads * k_strides[0] + next_ // chunks % kv_heads * k_strides[1]
+        after += (lowest + next_ % chunks * step) * k_strides[2]
         marks = mask + b * mask_strides[0] + kv * group * mask_strides[1] if mask else 0
         chunk(wide[head].ctypes.data, group, d, k + b * k_strides[0] + kv * k_strides[1], k_strides[2],
               v + b * v_strides[0] + kv * v_strides[1], v_strides[2], dv, keys, first, last, cap, alibi, kv * group,
               marks, mask_strides[1], additive, scores, peaks[c, mine], totals[c, mine], sums[c, mine],
-              k_tag, mask_tag)  # fmt: skip
+              arranged.ctypes.data, soon, after, k_tag, mask_tag)  # fmt: skip
 
 
 share_pieces = shared(pieces)

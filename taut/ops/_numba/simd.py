@@ -162,65 +162,6 @@ def totals(builder: Any, vectors: list[Any]) -> Any:
     return vectors[0]
 
 
-@intrinsic(prefer_literal=True)
-def tile(_typing, tag, count, x, x_stride, rows, row_stride, k, out, out_stride):
-    """out[t, j] = x[t] . rows[j] for four rows and t below a constant `count` of at most 4; k is a multiple of 16."""
-    many, size = count.literal_value, BITS[types.unliteral(tag)] // 8
-
-    def generate(_context, builder, _signature, args):
-        _, _, x, x_stride, rows, row_stride, k, out, out_stride = args
-        sums = [zeros(builder, VECTOR, 4) for _ in range(many)]
-        with upto(builder, ir.Constant(WORD, 0), builder.sdiv(k, ir.Constant(WORD, LANES))) as loop:
-            start = builder.mul(loop.index, ir.Constant(WORD, LANES))
-            loaded = [
-                load(builder, at(builder, rows, (j, row_stride), (start, size)), types.unliteral(tag), LANES)
-                for j in range(4)
-            ]
-            for t in range(many):
-                value = load(builder, at(builder, x, (t, x_stride), (start, 4)), types.float32, LANES)
-                for j in range(4):
-                    multiply_add(builder, sums[t][j], loaded[j], value)
-        vectors = [builder.load(total) for row in sums for total in row]
-        whole = totals(builder, vectors + [splat(VECTOR, 0.0)] * (LANES - len(vectors)))
-        for t in range(many):
-            quarter = ir.Constant(ir.VectorType(INT32, 4), [ir.Constant(INT32, 4 * t + j) for j in range(4)])
-            store(builder, builder.shuffle_vector(whole, whole, quarter), at(builder, out, (t, out_stride)))
-
-    return types.void(tag, count, *[types.int64] * 7), generate
-
-
-@intrinsic(prefer_literal=True)
-def blend(_typing, tag, count, blocks, weights, stride, rows, row_stride, start, stop, out, out_stride):
-    """out[t] += sum over j of weights[t, j] rows[j], for t below a constant `count`, over 16 `blocks` features.
-
-    `weights` (float32) and `out` (float32) have rows `stride` and `out_stride` bytes apart, `rows` (of the tag's
-    format) `row_stride` bytes; j runs from start to stop.
-    """
-    many, wide = count.literal_value, blocks.literal_value
-    size = BITS[types.unliteral(tag)] // 8
-
-    def generate(_context, builder, _signature, args):
-        _, _, _, weights, stride, rows, row_stride, start, stop, out, out_stride = args
-        sums = [zeros(builder, VECTOR, wide) for _ in range(many)]
-        with upto(builder, start, stop) as loop:
-            row = at(builder, rows, (loop.index, row_stride))
-            loaded = [
-                load(builder, at(builder, row, (n * LANES, size)), types.unliteral(tag), LANES) for n in range(wide)
-            ]
-            for t in range(many):
-                weight = load(builder, at(builder, weights, (t, stride), (loop.index, 4)), types.float32, 1)
-                weight = broadcast(builder, weight)
-                for n in range(wide):
-                    multiply_add(builder, sums[t][n], loaded[n], weight)
-        for t in range(many):
-            for n in range(wide):
-                place = at(builder, out, (t, out_stride), (n * LANES, 4))
-                before = load(builder, place, types.float32, LANES)
-                store(builder, builder.fadd(before, builder.load(sums[t][n]), flags=FUSE), place)
-
-    return types.void(tag, count, blocks, *[types.int64] * 8), generate
-
-
 @intrinsic
 def peak(_typing, values, count):
     """The greatest of `count` float32 values at an address, NaN left out; -inf where there are none."""

@@ -12,7 +12,7 @@ from taut.ops._numba.parallel import together
 from taut.ops._numba.rows import AHEAD, fetch
 from taut.ops._numba.scalar import JIT, intrinsic
 from taut.runtime._numba.dense import beginning, combine, glu, linear, normalize
-from taut.runtime._numba.place import attend, embed, merge_chunks, turn
+from taut.runtime._numba.place import attend, attend_early, embed, merge_chunks, turn
 from taut.runtime._numba.table import ATTEND, COMBINE, EMBED, GLU, LINEAR, MERGE, NORMALIZE, TURN
 
 WORD = ir.IntType(64)
@@ -81,7 +81,7 @@ def play(part, parts, steps, attends, first, last, rows, tokens, positions, slot
         p = steps[s]
         a = attends[p.attend]
         if p.code == TURN:  # the keys and values of earlier tokens stand there already
-            attend(a, rows, positions, slots, mine, part, parts, True)
+            attend_early(a, rows, positions, slots, part, parts)
         if p.wait and parts > 1:
             waits += 1
             wait_for(counter, waits * parts, beginning(steps[p.soon], part, parts) + AHEAD)
@@ -92,7 +92,8 @@ def play(part, parts, steps, attends, first, last, rows, tokens, positions, slot
         elif p.code == TURN:
             turn(a, rows, positions, slots, mine, part, parts)
         elif p.code == ATTEND:
-            attend(a, rows, positions, slots, mine, part, parts, False)
+            after = beginning(steps[p.soon], part, parts)
+            attend(a, rows, positions, slots, mine, part, parts, after)
         elif p.code == MERGE:
             merge_chunks(p, a, rows, positions, part, parts)
         elif p.code == NORMALIZE:

@@ -6,6 +6,7 @@ import numba as nb
 import numpy as np
 from numba import njit
 
+from taut.ops._numba.caches import ask
 from taut.ops._numba.decode import HIDDEN, chunk, merge
 from taut.ops._numba.formats import BFLOAT16, FLOAT16, FLOAT32, INT4_HALF, INT8
 from taut.ops._numba.rows import fetch
@@ -129,7 +130,7 @@ def chunks_of(a, position):
 
 
 @njit(**JIT)
-def attend_chunk(a, t, kv, c, lowest, step, position, slot, scratch, tag):
+def attend_chunk(a, t, kv, c, lowest, step, position, slot, scratch, soon, after, tag):
     group, place = a.heads // a.kv_heads, t * a.heads + kv * (a.heads // a.kv_heads)
     first, size = lowest + c * step, array(a.keys, 1, tag).itemsize
     last = min(first + step, position + 1)
@@ -137,10 +138,12 @@ def attend_chunk(a, t, kv, c, lowest, step, position, slot, scratch, tag):
     peaks = floats(scratch + 4 * group * step, group)
     totals = floats(scratch + 4 * group * (step + 1), group)
     sums = array(scratch + 4 * group * (step + 2), (group, a.dv), np.float32(0))
+    arranged = scratch + 4 * group * (step + 2 + a.dv)
     q = a.turned + t * a.turned_stride + 4 * kv * group * a.d
     k, v = a.keys + slot * a.keys_slot + kv * a.keys_head, a.values + slot * a.values_slot + kv * a.values_head
     chunk(q, group, a.d, k, a.d * size, v, a.dv * size, a.dv, position + 1, first, last, nb.float32(a.cap),
-          a.alibi, kv * group, 0, 0, False, scores, peaks, totals, sums, tag, np.uint8(0))  # fmt: skip
+          a.alibi, kv * group, 0, 0, False, scores, peaks, totals, sums, arranged,
+          soon, after, tag, np.uint8(0))  # fmt: skip
     for h in range(group):
         at = (place + h) * a.chunks + c
         floats(a.peaks + 4 * at, 1)[0] = peaks[h]
@@ -151,41 +154,61 @@ def attend_chunk(a, t, kv, c, lowest, step, position, slot, scratch, tag):
 
 
 @njit(**JIT)
-def ask_chunk(a, kv, c, lowest, step, position, slot, asked):
-    """Fetch a chunk's keys and values; the bytes that have been asked for."""
+def places(a, kv, c, lowest, step, position, slot):
+    """(where a chunk's keys begin, how many bytes they are, the same of its values)"""
     first, size = lowest + c * step, 4 if a.cache_tag == FLOAT32 else 2
     keys = min(step, position + 1 - first)
-    for cache, by_slot, by_head, d in (
-        (a.keys, a.keys_slot, a.keys_head, a.d),
-        (a.values, a.values_slot, a.values_head, a.dv),
-    ):
-        count = min(keys * d * size, MOST_ASKED - asked)
-        fetch(cache + slot * by_slot + kv * by_head + first * d * size, count)
-        asked += count
-    return asked
+    k = a.keys + slot * a.keys_slot + kv * a.keys_head + first * a.d * size
+    v = a.values + slot * a.values_slot + kv * a.values_head + first * a.dv * size
+    return k, keys * a.d * size, v, keys * a.dv * size
 
 
 @njit(**JIT)
-def attend(a, rows, positions, slots, scratch, part, parts, early):
-    """The chunks of keys of all heads of all rows, shared evenly among the threads; `early`, only ask for them."""
+def attend_early(a, rows, positions, slots, part, parts):
+    """Ask for the first keys and values that a thread will read."""
+    room, asked = MOST_ASKED, 0
+    begin, end = pieces_of(a, rows, positions, part, parts)
+    before = 0
+    for t in range(rows):
+        lowest, step, chunks = chunks_of(a, positions[t])
+        for piece in range(max(begin - before, 0), min(end - before, a.kv_heads * chunks)):
+            k, k_bytes, v, v_bytes = places(a, piece // chunks, piece % chunks, lowest, step, positions[t], slots[t])
+            for place, size in ((k, k_bytes), (v, v_bytes)):
+                if a.cache_tag == FLOAT32:
+                    fetch(place, min(size, room - asked))
+                else:
+                    ask(place, min(size, room - asked))
+                asked += min(size, room - asked)
+        before += a.kv_heads * chunks
+
+
+@njit(**JIT)
+def pieces_of(a, rows, positions, part, parts):
+    """The half-open range of a thread's chunks, of all chunks of keys of all heads of all rows."""
     pieces = 0
     for t in range(rows):
         pieces += a.kv_heads * chunks_of(a, positions[t])[2]
-    begin, end = span(pieces, part, parts)
-    before = asked = 0
+    return span(pieces, part, parts)
+
+
+@njit(**JIT)
+def attend(a, rows, positions, slots, scratch, part, parts, next_):
+    """The chunks of keys of all heads of all rows, shared evenly among the threads; `next_` is what is read then."""
+    begin, end = pieces_of(a, rows, positions, part, parts)
+    before = 0
     for t in range(rows):
         lowest, step, chunks = chunks_of(a, positions[t])
-        mine = range(max(begin - before, 0), min(end - before, a.kv_heads * chunks))
-        for piece in mine:
-            kv, c = piece // chunks, piece % chunks
-            if early:
-                asked = ask_chunk(a, kv, c, lowest, step, positions[t], slots[t], asked)
-            elif a.cache_tag == FLOAT32:
-                attend_chunk(a, t, kv, c, lowest, step, positions[t], slots[t], scratch, np.float32(0))
+        for piece in range(max(begin - before, 0), min(end - before, a.kv_heads * chunks)):
+            kv, c, following = piece // chunks, piece % chunks, piece + 1
+            soon, after = places(a, kv, c, lowest, step, positions[t], slots[t])[2], next_
+            if before + following < end and following < a.kv_heads * chunks:
+                after = places(a, following // chunks, following % chunks, lowest, step, positions[t], slots[t])[0]
+            if a.cache_tag == FLOAT32:
+                attend_chunk(a, t, kv, c, lowest, step, positions[t], slots[t], scratch, soon, after, np.float32(0))
             elif a.cache_tag == BFLOAT16:
-                attend_chunk(a, t, kv, c, lowest, step, positions[t], slots[t], scratch, np.uint16(0))
+                attend_chunk(a, t, kv, c, lowest, step, positions[t], slots[t], scratch, soon, after, np.uint16(0))
             else:
-                attend_chunk(a, t, kv, c, lowest, step, positions[t], slots[t], scratch, np.int16(0))
+                attend_chunk(a, t, kv, c, lowest, step, positions[t], slots[t], scratch, soon, after, np.int16(0))
         before += a.kv_heads * chunks
 
 
