@@ -235,7 +235,8 @@ def players(weights: Weights, only: list[str], formats: list[str], folder: Path)
     cpp = "llama.cpp" in only and llama_cpp_here()
     for form in formats:
         cache = torch.bfloat16 if form == "bf16" else torch.float32
-        runner = settled(Runner(llama(weights, FORMATS[form], 512), 1, cache))
+        runner = Runner(llama(weights, FORMATS[form], 512), 1, cache)
+        runner.settle()
         found[f"taut {form}"] = taut_turn(runner), runner.bytes_a_token(positions)
         if cpp:
             found[f"llama.cpp {form}"] = llama_cpp_turn(weights, form, folder), runner.bytes_a_token(positions)
@@ -243,13 +244,6 @@ def players(weights: Weights, only: list[str], formats: list[str], folder: Path)
         least = sum(w.nbytes for w in weights.values())
         found["transformers fp32"] = transformers_turn(weights), least
     return {name: value for name, value in found.items() if name.split()[0] in only}
-
-
-def settled(runner: Runner) -> Runner:
-    """With its weights on large pages, which otherwise takes place beside the first tokens."""
-    if runner.settling is not None:
-        runner.settling.join()
-    return runner
 
 
 def check_parity(turns: dict[str, tuple[Turn, int]]) -> None:
@@ -308,7 +302,7 @@ def growth(weights: Weights, form: str, rounds: int) -> list[dict[str, float]]:
     `read` has the bytes that a plain read right before and after it would have read in that time.
     """
     cache, found = torch.bfloat16 if form == "bf16" else torch.float32, []
-    runner, values = settled(Runner(llama(weights, FORMATS[form]), 16, cache)), torch.ones(read_size() // 4)
+    runner, values = Runner(llama(weights, FORMATS[form]), 16, cache), torch.ones(read_size() // 4)
     collapse([values])
     for keys, kept in runner.caches:
         keys.normal_()
@@ -321,6 +315,7 @@ def growth(weights: Weights, form: str, rounds: int) -> list[dict[str, float]]:
             slots = torch.arange(batch)
             inputs = slots + 5, torch.full((batch,), context - 1), slots
             runner.run(*inputs)
+            runner.settle()
             before, start = now_read(values), time.perf_counter()
             runner.run(*inputs)
             seconds = time.perf_counter() - start

@@ -21,7 +21,7 @@ from taut.runtime.steps import Attend, Embed, Glu, Linear, Program, Torch, View,
 
 CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGE = 2**25
-"""Bytes of weights that no cache holds."""
+"""Bytes that no cache of a processor holds."""
 
 
 class Runner:
@@ -30,8 +30,9 @@ class Runner:
     `caches` holds (keys, values) of every cache layer, (max_batch slots, kv_heads, max_length, d) each, of
     `cache_dtype`: float32, bfloat16 or float16; by default float32. It uses as many threads as torch does when it is
     built. `stepwise` runs one step after the other instead of all in one go, for looking at `buffers` in between.
-    Weights that no cache holds move onto large pages beside the first runs, in the thread `settling`. Raises BadInput
-    where the caches do not fit into memory.
+    Weights that no cache of the processor holds move onto large pages beside the first runs, and so do the caches of a
+    slot when half of their positions are in use; `settle` waits for it. Raises BadInput where the caches do not fit
+    into memory.
     """
 
     def __init__(
@@ -48,7 +49,9 @@ class Runner:
         self.scratch = torch.empty(self.threads, self.packed.scratch)
         self.counter = np.zeros(1, np.int64)
         self.rows = np.zeros((3, max_batch), np.int64)
-        self.settling = settle(program)
+        self.half_full: set[int] = set()
+        self.settling: list[Thread] = []
+        self._move([part for weight in matrices(program) for part in (weight.data, weight.scale) if part is not None])
 
     def run(self, tokens: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
         """Float32 logits (rows, vocabulary), which the next run overwrites.
@@ -93,7 +96,27 @@ class Runner:
         rows = check_rows(given, (self.vocabulary, self.program.max_length, self.max_batch))
         for row, values in zip(self.rows, given, strict=True):
             row[:rows] = values
+        self._settle_full(rows)
         return rows
+
+    def settle(self) -> None:
+        """Wait until what is moving onto large pages is there."""
+        for thread in self.settling:
+            thread.join()
+
+    def _settle_full(self, rows: int) -> None:
+        """Large pages for slots as they become half full: sooner, they would take memory that may never be used."""
+        _, positions, slots = self.rows[:, :rows]
+        if 2 * positions.max() < self.program.max_length:
+            return
+        for slot in set(slots[2 * positions >= self.program.max_length].tolist()) - self.half_full:
+            self.half_full.add(slot)
+            self._move([cache[slot] for pair in self.caches for cache in pair])
+
+    def _move(self, tensors: list[Tensor]) -> None:
+        """Put tensors onto large pages beside all else, in their order, where they are many bytes."""
+        if sum(t.nbytes for t in tensors) >= LARGE:
+            self.settling.append(collapse_meanwhile(tensors))
 
     def _play(self, segment: Segment, rows: int) -> None:
         packed, (tokens, positions, slots) = self.packed, self.rows
@@ -108,12 +131,6 @@ class Runner:
 
     def _view(self, view: View, rows: int) -> Tensor:
         return self.buffers[view.buffer][:rows, view.start : view.stop]
-
-
-def settle(program: Program) -> Thread | None:
-    """Put the weights onto large pages beside all else, in the order of reading; None where they are few."""
-    parts = [part for weight in matrices(program) for part in (weight.data, weight.scale) if part is not None]
-    return collapse_meanwhile(parts) if sum(part.nbytes for part in parts) >= LARGE else None
 
 
 def check_rows(given: Sequence[Tensor], limits: tuple[int | None, int, int]) -> int:

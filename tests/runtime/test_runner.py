@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from taut.checkpoint import BadInput
+from taut.huge_pages import collapse_meanwhile
 from taut.ops._weights import quantize
 from taut.runtime.plain import PlainRunner
 from taut.runtime.runner import Runner
@@ -194,6 +195,22 @@ def test_written_caches_are_read():
     other.write(0, 2, 0, keys, values)
     expected = one.run(*(torch.tensor([n]) for n in (9, 4, 1)))
     assert torch.equal(other.run(*(torch.tensor([n]) for n in (9, 4, 2))), expected)
+
+
+def test_caches_of_a_half_full_slot_move_onto_large_pages(monkeypatch: pytest.MonkeyPatch):
+    moved: list[list[int]] = []
+    move = lambda tensors: moved.append([t.data_ptr() for t in tensors]) or collapse_meanwhile(tensors)  # noqa: E731
+    monkeypatch.setattr("taut.runtime.runner.LARGE", 1)
+    monkeypatch.setattr("taut.runtime.runner.collapse_meanwhile", move)
+    runner = Runner(attending(2, 1, 16, 16), 3)
+    at = lambda *positions: (torch.tensor([1, 2]), torch.tensor(positions), torch.tensor([0, 2]))  # noqa: E731
+    runner.run(*at(3, LENGTH // 2 - 1))
+    assert len(moved) == 1
+    for _ in range(2):
+        runner.run(*at(4, LENGTH // 2))
+    assert moved[1:] == [[cache[2].data_ptr() for pair in runner.caches for cache in pair]]
+    runner.settle()
+    assert not any(thread.is_alive() for thread in runner.settling)
 
 
 def test_bytes_a_token():
