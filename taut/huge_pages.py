@@ -5,15 +5,57 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from threading import Thread
 
+import torch
 from torch import Tensor
 
 SIZE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
-COLLAPSE = 25
-"""MADV_COLLAPSE, which Linux has since 6.1: gather the pages of a range into a large one now."""
+HUGEPAGE, COLLAPSE = 14, 25
+"""Give a range large pages as it is written; gather its pages into large ones now (MADV_COLLAPSE, since Linux 6.1)."""
+PAIR = 128
+"""Bytes of two cache lines, of which some processors read the second with the first."""
+
+
+def side_by_side(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies that lie one behind the other, on large pages where the system gives them, each at a multiple of PAIR.
+
+    Tensors that torch allocates one by one do not fill large pages, and a mapped file lies on small ones.
+    """
+    places, size = [], 0
+    for t in tensors:
+        places.append(size)
+        size += -(-t.nbytes // PAIR) * PAIR
+    region = large(size)
+    copies = [region[at : at + t.nbytes].view(t.dtype).view(t.shape) for at, t in zip(places, tensors, strict=True)]
+    for copy, t in zip(copies, tensors, strict=True):
+        copy.copy_(t)
+    return copies
+
+
+def large(size: int) -> Tensor:
+    """Memory, uint8 (size,), that begins with a large page and comes in such pages as it is first written."""
+    page = page_size()
+    if page is None:
+        return torch.empty(size, dtype=torch.uint8)
+    room = torch.empty(size + page, dtype=torch.uint8)
+    region = room[-room.data_ptr() % page :][:size]
+    madvise(region.data_ptr(), size // page * page, HUGEPAGE)
+    return region
+
+
+def page_size() -> int | None:
+    """Bytes of a large page; None where the system has none."""
+    return int(SIZE.read_text()) if sys.platform == "linux" and SIZE.exists() else None
+
+
+def madvise(address: int, size: int, advice: int) -> bool:
+    """Whether the system took the advice."""
+    advise = ctypes.CDLL(None).madvise
+    advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return advise(address, size, advice) == 0
 
 
 def collapse(tensors: Iterable[Tensor]) -> int:
@@ -21,14 +63,12 @@ def collapse(tensors: Iterable[Tensor]) -> int:
 
     0 where the system has none. It takes about as long as to write the memory for the first time.
     """
-    if sys.platform != "linux" or not SIZE.exists():
+    size = page_size()
+    if size is None:
         return 0
-    size = int(SIZE.read_text())
-    advise = ctypes.CDLL(None).madvise
-    advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     bounds = [(t.data_ptr() // size, -(-(t.data_ptr() + t.nbytes) // size)) for t in tensors]
     pages = dict.fromkeys(page for first, last in bounds for page in range(first, last))
-    return size * sum(advise(page * size, size, COLLAPSE) == 0 for page in pages)
+    return size * sum(madvise(page * size, size, COLLAPSE) for page in pages)
 
 
 def collapse_meanwhile(tensors: Iterable[Tensor]) -> Thread:

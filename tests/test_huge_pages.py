@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from taut.huge_pages import SIZE, collapse, collapse_meanwhile
+from taut.huge_pages import PAIR, SIZE, collapse, collapse_meanwhile, side_by_side
 
 
 def on_large_pages() -> int:
@@ -36,3 +36,18 @@ def test_meanwhile_too():
 
 def test_nothing_to_move():
     assert collapse([]) == 0
+
+
+def test_copies_lie_side_by_side():
+    numbers, square = torch.arange(7, dtype=torch.int8), torch.arange(2.0**22).view(2**11, 2**11)
+    tensors = [numbers, square.T, torch.arange(3).bfloat16()[1:]]
+    before = on_large_pages() if SIZE.exists() else 0
+    copies = side_by_side(tensors)
+    for copy, t in zip(copies, tensors, strict=True):
+        torch.testing.assert_close(copy, t, rtol=0, atol=0)
+        assert copy.is_contiguous()
+    assert [copy.data_ptr() % PAIR for copy in copies] == [0, 0, 0]
+    assert [copy.data_ptr() - copies[0].data_ptr() for copy in copies] == [0, PAIR, PAIR + square.nbytes]
+    if not collapse(copies[1:2]):
+        pytest.skip("LARGE PAGES NOT TESTED: this system gives none")
+    assert on_large_pages() - before >= square.nbytes - 2 * int(SIZE.read_text())

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from taut.checkpoint.errors import BadInput
+from taut.huge_pages import side_by_side
 from taut.op import nbytes
 from taut.runtime.steps import Embed, Glu, Linear, Program, Weight
 
 ON_CPU = 'take device="cpu"'
 LEAST = (8, 0)
 """The least compute capability: bfloat16 on the tensor cores."""
+LARGE = 2**25
+"""Bytes that no cache of a processor holds."""
 
 
 def gpu(name: str) -> torch.device:
@@ -78,20 +82,45 @@ def dtype_of(program: Program) -> torch.dtype:
 
 def placed(program: Program, device: torch.device) -> Program:
     """The program with its tensors on a device, each put there once."""
-    return _moved(program, device, {})
+    return _moved(program, lambda t: t.detach().to(device).contiguous(), {})
 
 
-def _moved(value: Any, device: torch.device, known: dict[int, Any]) -> Any:
+def gathered(program: Program) -> Program:
+    """The program with copies of its matrices that lie one behind the other on large pages, in the order of reading.
+
+    The program itself where they are few bytes, or where the copies would take more than half of what memory is free.
+    """
+    parts = [part for weight in matrices(program) for part in (weight.data, weight.scale) if part is not None]
+    unique = {_place(part): part for part in parts}
+    size, free = sum(map(nbytes, unique.values())), free_memory()
+    if size < LARGE or free is None or 2 * size > free:
+        return program
+    copies = dict(zip(unique, side_by_side(list(unique.values())), strict=True))
+    return _moved(program, lambda t: copies.get(_place(t), t), {})
+
+
+def free_memory() -> int | None:
+    """Bytes that can be had without swapping; None where the system does not tell."""
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+
+
+def _place(t: Tensor) -> tuple:
+    return t.data_ptr(), t.dtype, t.shape, t.stride()
+
+
+def _moved(value: Any, put: Callable[[Tensor], Tensor], known: dict[int, Tensor]) -> Any:
     if isinstance(value, Tensor):
         if id(value) not in known:
-            known[id(value)] = value.detach().to(device).contiguous()
+            known[id(value)] = put(value)
         return known[id(value)]
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: _moved(getattr(value, f.name), device, known) for f in fields(value)})
+        return replace(value, **{f.name: _moved(getattr(value, f.name), put, known) for f in fields(value)})
     if isinstance(value, tuple):
-        return tuple(_moved(part, device, known) for part in value)
+        return tuple(_moved(part, put, known) for part in value)
     if isinstance(value, Mapping):
-        return {key: _moved(part, device, known) for key, part in value.items()}
+        return {key: _moved(part, put, known) for key, part in value.items()}
     return value
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from threading import Thread
 
 import numpy as np
@@ -15,13 +14,11 @@ from taut.huge_pages import collapse_meanwhile
 from taut.op import nbytes
 from taut.runtime._numba.interpreter import run
 from taut.runtime.packing import Packer, Segment
-from taut.runtime.placed import matrices
+from taut.runtime.placed import LARGE, free_memory, gathered, matrices
 from taut.runtime.sampling import Sampling
 from taut.runtime.steps import Attend, Embed, Glu, Linear, Program, Torch, View, Weight
 
 CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LARGE = 2**25
-"""Bytes that no cache of a processor holds."""
 
 
 class Runner:
@@ -30,9 +27,9 @@ class Runner:
     `caches` holds (keys, values) of every cache layer, (max_batch slots, kv_heads, max_length, d) each, of
     `cache_dtype`: float32, bfloat16 or float16; by default float32. It uses as many threads as torch does when it is
     built. `stepwise` runs one step after the other instead of all in one go, for looking at `buffers` in between.
-    Weights that no cache of the processor holds move onto large pages beside the first runs, and so do the caches of a
-    slot when half of their positions are in use; `settle` waits for it. Raises BadInput where the caches do not fit
-    into memory.
+    Weights that no cache of the processor holds are copied onto large pages (`program` has the copies), or moved there
+    beside the first runs where memory is short, as are the caches of a slot when half of their positions are in use;
+    `settle` waits for it. Raises BadInput where the caches do not fit into memory.
     """
 
     def __init__(
@@ -40,7 +37,8 @@ class Runner:
     ):
         if max_batch < 1:
             raise BadInput(f"a batch of {max_batch}", "take at least 1")
-        self.program, self.max_batch, self.threads = program, max_batch, torch.get_num_threads()
+        self.program = program = gathered(program)
+        self.max_batch, self.threads = max_batch, torch.get_num_threads()
         self.caches = make_caches(program, max_batch, cache_dtype or torch.float32)
         self.packed = Packer(program, max_batch, self.caches).pack(stepwise)
         self.buffers = self.packed.buffers
@@ -164,13 +162,6 @@ def make_caches(program: Program, slots: int, dtype: torch.dtype) -> list[tuple[
         raise BadInput(cause, "take a smaller max_length, max_batch or cache dtype")
     made = lambda heads, size: torch.empty(slots, heads, program.max_length, size, dtype=dtype)  # noqa: E731
     return [(made(heads, d), made(heads, dv)) for heads, d, dv in program.caches]
-
-
-def free_memory() -> int | None:
-    """Bytes that can be had without swapping; None where the system does not tell."""
-    info = Path("/proc/meminfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
 
 
 def vocabulary(program: Program) -> int | None:

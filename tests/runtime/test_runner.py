@@ -11,6 +11,7 @@ from torch import Tensor
 from taut.checkpoint import BadInput
 from taut.huge_pages import collapse_meanwhile
 from taut.ops._weights import quantize
+from taut.runtime.placed import gathered, matrices
 from taut.runtime.plain import PlainRunner
 from taut.runtime.runner import Runner
 from taut.runtime.steps import (
@@ -195,6 +196,27 @@ def test_written_caches_are_read():
     other.write(0, 2, 0, keys, values)
     expected = one.run(*(torch.tensor([n]) for n in (9, 4, 1)))
     assert torch.equal(other.run(*(torch.tensor([n]) for n in (9, 4, 2))), expected)
+
+
+def test_weights_are_gathered_once_in_the_order_of_reading(monkeypatch: pytest.MonkeyPatch):
+    made = attending(2, 1, 16, 16)
+    tied = weight(VOCABULARY, 40)
+    steps = (
+        dataclasses.replace(made.steps[0], table=tied),
+        *made.steps[1:-1],
+        dataclasses.replace(made.steps[-1], x=View("x", 0, 40), weight=Weight(tied.data[:])),
+    )
+    made = dataclasses.replace(made, steps=steps)
+    assert gathered(made) is made
+    monkeypatch.setattr("taut.runtime.placed.LARGE", 1)
+    found = gathered(made)
+    matrices_, places = list(matrices(found)), [m.data.data_ptr() for m in matrices(found)]
+    assert all(torch.equal(a.data, b.data) for a, b in zip(matrices_, matrices(made), strict=True))
+    assert places[-1] == places[0]
+    assert places[:-1] == sorted(places[:-1])
+    assert places[-2] - places[0] == sum(-(-m.data.nbytes // 128) * 128 for m in matrices_[:-2])
+    monkeypatch.setattr("taut.runtime.placed.free_memory", lambda: 2 * sum(m.data.nbytes for m in matrices_[:-1]) - 1)
+    assert gathered(made) is made
 
 
 def test_caches_of_a_half_full_slot_move_onto_large_pages(monkeypatch: pytest.MonkeyPatch):
