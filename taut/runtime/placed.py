@@ -85,15 +85,16 @@ def placed(program: Program, device: torch.device) -> Program:
     return _moved(program, lambda t: t.detach().to(device).contiguous(), {})
 
 
-def gathered(program: Program) -> Program:
+def gathered(program: Program, caches: int) -> Program:
     """The program with copies of its matrices that lie one behind the other on large pages, in the order of reading.
 
-    The program itself where they are few bytes, or where the copies would take more than half of what memory is free.
+    The program itself where they are few bytes, or where the copies would take more than half of the memory that is
+    free beside the caches (bytes).
     """
     parts = [part for weight in matrices(program) for part in (weight.data, weight.scale) if part is not None]
     unique = {_place(part): part for part in parts}
     size, free = sum(map(nbytes, unique.values())), free_memory()
-    if size < LARGE or free is None or 2 * size > free:
+    if size < LARGE or free is None or 2 * size + caches > free:
         return program
     copies = dict(zip(unique, side_by_side(list(unique.values())), strict=True))
     return _moved(program, lambda t: copies.get(_place(t), t), {})

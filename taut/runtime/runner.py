@@ -37,9 +37,10 @@ class Runner:
     ):
         if max_batch < 1:
             raise BadInput(f"a batch of {max_batch}", "take at least 1")
-        self.program = program = gathered(program)
+        cache_dtype = cache_dtype or torch.float32
+        self.program = program = gathered(program, cache_bytes(program, max_batch, cache_dtype))
         self.max_batch, self.threads = max_batch, torch.get_num_threads()
-        self.caches = make_caches(program, max_batch, cache_dtype or torch.float32)
+        self.caches = make_caches(program, max_batch, cache_dtype)
         self.packed = Packer(program, max_batch, self.caches).pack(stepwise)
         self.buffers = self.packed.buffers
         self.logits = self.buffers[program.logits]
@@ -155,13 +156,17 @@ def make_caches(program: Program, slots: int, dtype: torch.dtype) -> list[tuple[
     """(keys, values) of every cache layer. Raises BadInput for another dtype, or before taking more than is free."""
     if dtype not in CACHE_DTYPES:
         raise BadInput(f"a cache in {dtype}", "take float32, bfloat16 or float16")
-    need = slots * program.max_length * dtype.itemsize * sum(heads * (d + dv) for heads, d, dv in program.caches)
-    free = free_memory()
+    need, free = cache_bytes(program, slots, dtype), free_memory()
     if free is not None and need > free:
         cause = f"the caches take {need / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
         raise BadInput(cause, "take a smaller max_length, max_batch or cache dtype")
     made = lambda heads, size: torch.empty(slots, heads, program.max_length, size, dtype=dtype)  # noqa: E731
     return [(made(heads, d), made(heads, dv)) for heads, d, dv in program.caches]
+
+
+def cache_bytes(program: Program, slots: int, dtype: torch.dtype) -> int:
+    numbers = sum(heads * (d + dv) for heads, d, dv in program.caches)
+    return slots * program.max_length * dtype.itemsize * numbers
 
 
 def vocabulary(program: Program) -> int | None:

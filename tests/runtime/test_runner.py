@@ -207,16 +207,18 @@ def test_weights_are_gathered_once_in_the_order_of_reading(monkeypatch: pytest.M
         dataclasses.replace(made.steps[-1], x=View("x", 0, 40), weight=Weight(tied.data[:])),
     )
     made = dataclasses.replace(made, steps=steps)
-    assert gathered(made) is made
+    assert gathered(made, 0) is made
     monkeypatch.setattr("taut.runtime.placed.LARGE", 1)
-    found = gathered(made)
+    found = gathered(made, 0)
     matrices_, places = list(matrices(found)), [m.data.data_ptr() for m in matrices(found)]
     assert all(torch.equal(a.data, b.data) for a, b in zip(matrices_, matrices(made), strict=True))
     assert places[-1] == places[0]
     assert places[:-1] == sorted(places[:-1])
     assert places[-2] - places[0] == sum(-(-m.data.nbytes // 128) * 128 for m in matrices_[:-2])
-    monkeypatch.setattr("taut.runtime.placed.free_memory", lambda: 2 * sum(m.data.nbytes for m in matrices_[:-1]) - 1)
-    assert gathered(made) is made
+    room = 2 * sum(m.data.nbytes for m in matrices_[:-1])
+    monkeypatch.setattr("taut.runtime.placed.free_memory", lambda: room)
+    assert gathered(made, 0) is not made
+    assert gathered(made, 1) is made
 
 
 def test_caches_of_a_half_full_slot_move_onto_large_pages(monkeypatch: pytest.MonkeyPatch):
