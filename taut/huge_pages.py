@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from threading import Thread
 
@@ -31,7 +32,7 @@ def side_by_side(tensors: Sequence[Tensor]) -> list[Tensor]:
     region = large(size)
     copies = [region[at : at + t.nbytes].view(t.dtype).view(t.shape) for at, t in zip(places, tensors, strict=True)]
     for copy, t in zip(copies, tensors, strict=True):
-        copy.copy_(t)
+        copy.copy_(t.detach())
     return copies
 
 
@@ -53,9 +54,12 @@ def page_size() -> int | None:
 
 def madvise(address: int, size: int, advice: int) -> bool:
     """Whether the system took the advice."""
-    advise = ctypes.CDLL(None).madvise
-    advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return advise(address, size, advice) == 0
+    return libc().madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), advice) == 0
+
+
+@cache
+def libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def collapse(tensors: Iterable[Tensor]) -> int:

@@ -48,6 +48,7 @@ def test_copies_lie_side_by_side():
         assert copy.is_contiguous()
     assert [copy.data_ptr() % PAIR for copy in copies] == [0, 0, 0]
     assert [copy.data_ptr() - copies[0].data_ptr() for copy in copies] == [0, PAIR, PAIR + square.nbytes]
+    assert not side_by_side([torch.nn.Parameter(square)])[0].requires_grad
     if not collapse(copies[1:2]):
         pytest.skip("LARGE PAGES NOT TESTED: this system gives none")
     assert on_large_pages() - before >= square.nbytes - 2 * int(SIZE.read_text())
