@@ -74,6 +74,11 @@ def matrices(program: Program, looked_up: bool = True) -> Iterator[Weight]:
                 yield from (weight for weight in (step.table, step.positions) if weight is not None)
 
 
+def stored(program: Program) -> list[Tensor]:
+    """What the matrices of a program are stored as, in the order of reading."""
+    return [part for weight in matrices(program) for part in (weight.data, weight.scale) if part is not None]
+
+
 def dtype_of(program: Program) -> torch.dtype:
     """The dtype of all matrices that are multiplied; float32 where they differ or are codes."""
     found = {weight.data.dtype if weight.scale is None else torch.float32 for weight in matrices(program, False)}
@@ -91,8 +96,7 @@ def gathered(program: Program, caches: int) -> Program:
     The program itself where they are few bytes, or where the copies would take more than half of the memory that is
     free beside the caches (bytes).
     """
-    parts = [part for weight in matrices(program) for part in (weight.data, weight.scale) if part is not None]
-    unique = {_place(part): part for part in parts}
+    unique = {_place(part): part for part in stored(program)}
     size, free = sum(map(nbytes, unique.values())), free_memory()
     if size < LARGE or free is None or 2 * size + caches > free:
         return program

@@ -14,7 +14,7 @@ from taut.huge_pages import collapse_meanwhile
 from taut.op import nbytes
 from taut.runtime._numba.interpreter import run
 from taut.runtime.packing import Packer, Segment
-from taut.runtime.placed import LARGE, free_memory, gathered, matrices
+from taut.runtime.placed import LARGE, free_memory, gathered, stored
 from taut.runtime.sampling import Sampling
 from taut.runtime.steps import Attend, Embed, Glu, Linear, Program, Torch, View, Weight
 
@@ -50,7 +50,7 @@ class Runner:
         self.rows = np.zeros((3, max_batch), np.int64)
         self.half_full: set[int] = set()
         self.settling: list[Thread] = []
-        self._move([part for weight in matrices(program) for part in (weight.data, weight.scale) if part is not None])
+        self._move(stored(program))
 
     def run(self, tokens: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
         """Float32 logits (rows, vocabulary), which the next run overwrites.

@@ -36,19 +36,6 @@ KEYS = 4
 
 
 @intrinsic
-def ask(_typing, address, size):
-    """Ask for every line of `size` bytes of memory from an address on."""
-
-    def generate(context, builder, _signature, args):
-        address, size = args
-        with upto(builder, ir.Constant(WORD, 0), builder.sdiv(size, ir.Constant(WORD, LINE))) as loop:
-            prefetch(builder, at(builder, address, (loop.index, LINE)), 1)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), generate
-
-
-@intrinsic
 def asks_evenly(_typing, tag):
     """Whether `blend` asks for memory too."""
 

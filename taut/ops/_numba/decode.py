@@ -10,9 +10,9 @@ import numba as nb
 import numpy as np
 from numba import njit
 
-from taut.ops._numba.caches import as_read, ask, asks_evenly, blend, tile
+from taut.ops._numba.caches import as_read, asks_evenly, blend, tile
 from taut.ops._numba.parallel import shared
-from taut.ops._numba.rows import AHEAD, fetch
+from taut.ops._numba.rows import AHEAD, fetch, fetch_all
 from taut.ops._numba.scalar import JIT, array, borrowed, down, exp, span, tanh, up
 from taut.ops._numba.simd import dots, peak
 
@@ -32,7 +32,7 @@ def score(q, arranged, group, d, k, k_stride, count, stop, scores, stride, soon,
         for j in range(0, whole, 4):
             rows, at = k + j * k_stride, to + 4 * j
             if h == 0 and asks_evenly(k_tag):
-                ask(soon + j * k_stride, 4 * k_stride)
+                fetch_all(soon + j * k_stride, 4 * k_stride)
             elif h == 0:
                 fetch(soon + j * k_stride, 4 * k_stride)
                 if rows + AHEAD < stop:

@@ -89,16 +89,32 @@ def of_a_pair(builder: Any, address: Any) -> Any:
 
 @intrinsic
 def fetch(_typing, address, size):
-    """Ask for `size` bytes of memory from an address on."""
+    """Ask for `size` bytes of memory from an address on, by every second line."""
 
     def generate(context, builder, _signature, args):
         address, size = args
-        first = of_a_pair(builder, address)
-        with upto(builder, ir.Constant(WORD, 0), builder.sdiv(size, ir.Constant(WORD, 2 * LINE))) as loop:
-            prefetch(builder, at(builder, first, (loop.index, 2 * LINE)), 1)
+        prefetch_range(builder, of_a_pair(builder, address), size, 2 * LINE)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
+def fetch_all(_typing, address, size):
+    """The same, by every line."""
+
+    def generate(context, builder, _signature, args):
+        address, size = args
+        prefetch_range(builder, address, size, LINE)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+def prefetch_range(builder: Any, address: Any, size: Any, apart: int) -> None:
+    """Ask for lines that are so many bytes apart."""
+    with upto(builder, ir.Constant(WORD, 0), builder.sdiv(size, ir.Constant(WORD, apart))) as loop:
+        prefetch(builder, at(builder, address, (loop.index, apart)), 1)
 
 
 def walk(builder: Any, k: Any, step: int, block: Callable[[Any, Any | None], None]) -> None:

@@ -6,10 +6,9 @@ import numba as nb
 import numpy as np
 from numba import njit
 
-from taut.ops._numba.caches import ask
 from taut.ops._numba.decode import HIDDEN, chunk, merge
 from taut.ops._numba.formats import BFLOAT16, FLOAT16, FLOAT32, INT4_HALF, INT8
-from taut.ops._numba.rows import fetch
+from taut.ops._numba.rows import fetch, fetch_all
 from taut.ops._numba.scalar import JIT, array, down, span, up
 from taut.runtime._numba.dense import floats, scaled, statistics
 
@@ -177,7 +176,7 @@ def attend_early(a, rows, positions, slots, part, parts):
                 if a.cache_tag == FLOAT32:
                     fetch(place, min(size, room - asked))
                 else:
-                    ask(place, min(size, room - asked))
+                    fetch_all(place, min(size, room - asked))
                 asked += min(size, room - asked)
         before += a.kv_heads * chunks
 
