@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import permutations
 
 import numpy as np
 import torch
@@ -29,6 +30,9 @@ from taut.ops._weights import dequantize, quantize
 
 OPS = find("taut.ops", Op)
 FP32, BF16 = torch.float32, torch.bfloat16
+FREED = 31 * 2**20
+"""Bytes of a block whose return makes glibc keep what smaller ones return. Else a result of either side is on pages
+new to the process at every call, or never, by how blocks of earlier cases lie."""
 
 
 @dataclass(frozen=True)
@@ -149,8 +153,9 @@ def measure(case: Case, rounds: int, rotate: int, bandwidth: float, quantile: fl
     inputs = [case.make() for _ in range(max(2, min(rounds, rotate // size)))]
     times: dict[str, list[float]] = {"torch": [], "taut": [], "read": []}
     runs = {"torch": case.torch, "taut": OPS[case.op], "read": read_all}
+    orders = list(permutations(runs))  # what ran before leaves the caches its way: to each the same turns after each
     for i in range(rounds):
-        for name in sorted(runs, reverse=bool(i % 2)):
+        for name in orders[i % len(orders)]:
             args, kwargs = inputs[(i + list(runs).index(name) * len(inputs) // 3) % len(inputs)]
             start = time.perf_counter()
             runs[name](*args, **kwargs)
@@ -172,6 +177,7 @@ def main() -> None:
     parser.add_argument("--json", help="also write the rows here")
     options = parser.parse_args()
     torch.set_grad_enabled(False)
+    torch.empty(FREED, dtype=torch.uint8)
     bandwidth = read_bandwidth(read_size(), seconds=0.5)
     print(f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"read bandwidth {bandwidth.value / 1e9:.1f} GB/s ({bandwidth.source})")

@@ -45,6 +45,7 @@ def _(make):
     yield (make(4, 577), make(577)), {"eps": 1e-2}
     yield (make(4, 33),), {"bias": make(33)}
     yield (make(40, 1030),), {}
+    yield (torch.cat([make(5, 1) + 300, make(5, 300)], -1),), {}
 
 
 def _fits(x, gain=None, bias=None, eps=1e-5) -> Reason:
