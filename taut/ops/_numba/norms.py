@@ -17,8 +17,8 @@ from taut.ops._numba.simd import BITS, FUSE, LANES, WORD, at, broadcast, load, u
 SOON = 8192
 """Bytes ahead that memory is asked for at the least: a short row is done before the next one has come."""
 START, NEAR = 64, nb.float32(0.25)
-"""Values of a row whose mean stands for its own while squares are summed, and how many variances its square may be off:
-further off, digits are lost."""
+"""How many values' mean squares are summed about, and the variances that the square of its distance from the row's own
+may be: further off, digits are lost."""
 
 
 @intrinsic(prefer_literal=True)
@@ -165,7 +165,7 @@ def mean_of(a, d):
 
 @njit(**JIT)
 def moments(a, d):
-    """Mean and biased variance. The row is read once, about the mean of its start, unless that lies far from its own."""
+    """Mean and biased variance, in one pass about the mean of the row's start unless that lies far from its own."""
     centre = mean_of(a, min(d, START))
     total, squares = sums_about(a, d, centre)
     off = total / nb.float32(d)
