@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 GROUP = 32
+ABREAST, INPUTS = 16, 4
+"""Outputs and inputs that `abreast` keeps together."""
 
 
 def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -49,3 +52,17 @@ def quantize(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     codes = (groups / scale.float().where(scale != 0, 1) + 8).round().clamp(0, 15).to(torch.uint8)
     low, high = codes.chunk(2, -1)
     return (low | high << 4).flatten(-2), scale[..., 0]
+
+
+def abreast(weight: Tensor) -> Tensor:
+    """A floating point weight (out, in) as (blocks of 16 outputs, inputs, 16), the order in which a CPU reads it best.
+
+    Outputs and inputs are padded with zeros, inputs to a multiple of 4. Of bfloat16 two inputs make an int32, the first
+    one in its low half. A view where nothing has to be padded.
+    """
+    outputs, inputs = weight.shape
+    weight = F.pad(weight.detach(), (0, -inputs % INPUTS, 0, -outputs % ABREAST))
+    if weight.dtype == torch.bfloat16:
+        weight = weight.contiguous()
+        weight = (weight.clone() if weight.storage_offset() % 2 else weight).view(torch.int32)
+    return weight.unflatten(0, (-1, ABREAST)).mT

@@ -10,8 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from taut.ops._numba.formats import BFLOAT16, FLOAT16, FLOAT32, INT4_FLOAT, INT4_HALF, INT8
+from taut.ops._numba.formats import (
+    BFLOAT16,
+    BFLOAT16_ABREAST,
+    FLOAT16,
+    FLOAT16_ABREAST,
+    FLOAT32,
+    FLOAT32_ABREAST,
+    INT4_FLOAT,
+    INT4_HALF,
+    INT8,
+)
 from taut.ops._numba.products import ACTS
+from taut.ops._weights import INPUTS
 from taut.runtime._numba import table
 from taut.runtime._numba.dense import BLOCK, padded_to
 from taut.runtime._numba.place import MOST_CHUNKS, keys_a_chunk
@@ -31,6 +42,7 @@ from taut.runtime.steps import (
 )
 
 FORMATS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
+FORMATS_ABREAST = {torch.float32: FLOAT32_ABREAST, torch.int32: BFLOAT16_ABREAST, torch.float16: FLOAT16_ABREAST}
 LANES = 16
 Fields = dict[str, Any]
 
@@ -174,18 +186,18 @@ class Packer:
 
     def _linear(self, step: Linear) -> Record:
         k = width(step.x)
-        fields = {"code": table.LINEAR, "n": step.weight.data.shape[0], "bias": self.vector(step.bias)}
+        fields = {"code": table.LINEAR, "n": self.program.widths[step.out], "bias": self.vector(step.bias)}
         fields |= self.weight(step.weight, k) | self.input(step.x) | self.norm(step.norm) | self.output(step)
         fields |= {"act": ACTS.index(step.activation or "identity"), "scale": step.scale, "cap": step.softcap or 0.0}
-        self._room((2 * padded_to(k) + 1 + BLOCK) * self.max_batch)
+        self._room((2 * padded_to(k) + LANES + BLOCK) * self.max_batch)
         return self.record(step, fields | self.view("residual", step.residual))
 
     def _glu(self, step: Glu) -> Record:
         k = width(step.x)
-        fields = {"code": table.GLU, "n": step.gate.data.shape[0], "act": ACTS.index(step.activation)}
+        fields = {"code": table.GLU, "n": self.program.widths[step.out], "act": ACTS.index(step.activation)}
         fields |= self.weight(step.gate, k) | self.weight(step.up, k, "2") | self.input(step.x) | self.norm(step.norm)
         fields |= {"bias": self.vector(step.gate_bias), "bias2": self.vector(step.up_bias)}
-        self._room((2 * padded_to(k) + 1 + 2 * BLOCK) * self.max_batch)
+        self._room((2 * padded_to(k) + LANES + 2 * BLOCK) * self.max_batch)
         return self.record(step, fields | self.output(step))
 
     def _combine(self, step: Combine) -> Record:
@@ -264,7 +276,10 @@ class Packer:
     def weight(self, weight: Weight, k: int, suffix: str = "") -> Fields:
         """Format and addresses of a weight of k inputs. Raises ValueError for a format the interpreter lacks."""
         data, scale = self.keep(weight.data), weight.scale
-        if scale is None:
+        if data.ndim == 3:
+            form = FORMATS_ABREAST.get(data.dtype)
+            fits = data.shape[1] * (2 if form == BFLOAT16_ABREAST else 1) == k + -k % INPUTS
+        elif scale is None:
             form, fits = FORMATS.get(data.dtype), data.shape[-1] == k
         elif data.dtype == torch.int8:
             form, fits, scale = INT8, data.shape[-1] == k, self.keep(scale.flatten(), torch.float32)

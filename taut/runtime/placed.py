@@ -14,13 +14,12 @@ from torch import Tensor
 from taut.checkpoint.errors import BadInput
 from taut.huge_pages import side_by_side
 from taut.op import nbytes
+from taut.ops._weights import abreast
 from taut.runtime.steps import Embed, Glu, Linear, Program, Weight
 
 ON_CPU = 'take device="cpu"'
 LEAST = (8, 0)
 """The least compute capability: bfloat16 on the tensor cores."""
-LARGE = 2**25
-"""Bytes that no cache of a processor holds."""
 
 
 def gpu(name: str) -> torch.device:
@@ -75,8 +74,8 @@ def matrices(program: Program, looked_up: bool = True) -> Iterator[Weight]:
 
 
 def stored(program: Program) -> list[Tensor]:
-    """What the matrices of a program are stored as, in the order of reading."""
-    return [part for weight in matrices(program) for part in (weight.data, weight.scale) if part is not None]
+    """What the matrices that a program multiplies by are stored as, in the order of reading."""
+    return [part for weight in matrices(program, False) for part in (weight.data, weight.scale) if part is not None]
 
 
 def dtype_of(program: Program) -> torch.dtype:
@@ -91,17 +90,30 @@ def placed(program: Program, device: torch.device) -> Program:
 
 
 def gathered(program: Program, caches: int) -> Program:
-    """The program with copies of its matrices that lie one behind the other on large pages, in the order of reading.
+    """The program with copies of what it multiplies by, one behind the other on large pages in the order of reading.
 
-    The program itself where they are few bytes, or where the copies would take more than half of the memory that is
-    free beside the caches (bytes).
+    Floating point weights lie with 16 rows abreast. The program itself where the copies would take more than half of
+    the memory that is free beside the caches (bytes).
     """
-    unique = {_place(part): part for part in stored(program)}
-    size, free = sum(map(nbytes, unique.values())), free_memory()
-    if size < LARGE or free is None or 2 * size + caches > free:
+    laid: dict[tuple, Tensor] = {}
+    for weight in matrices(program, False):
+        laid[_place(weight.data)] = abreast(weight.data) if weight.scale is None else weight.data
+        if weight.scale is not None:
+            laid[_place(weight.scale)] = weight.scale
+    free = free_memory()
+    if free is None or 2 * sum(map(nbytes, laid.values())) + caches > free:
         return program
-    copies = dict(zip(unique, side_by_side(list(unique.values())), strict=True))
-    return _moved(program, lambda t: copies.get(_place(t), t), {})
+    copies = dict(zip(laid, side_by_side(list(laid.values())), strict=True))
+    copy = lambda t: None if t is None else copies[_place(t)]  # noqa: E731
+    moved = lambda weight: Weight(copies[_place(weight.data)], copy(weight.scale))  # noqa: E731
+    steps = list(program.steps)
+    for i, step in enumerate(steps):
+        match step:
+            case Linear():
+                steps[i] = replace(step, weight=moved(step.weight))
+            case Glu():
+                steps[i] = replace(step, gate=moved(step.gate), up=moved(step.up))
+    return replace(program, steps=tuple(steps))
 
 
 def free_memory() -> int | None:

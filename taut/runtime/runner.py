@@ -14,10 +14,12 @@ from taut.huge_pages import collapse_meanwhile
 from taut.op import nbytes
 from taut.runtime._numba.interpreter import run
 from taut.runtime.packing import Packer, Segment
-from taut.runtime.placed import LARGE, free_memory, gathered, stored
+from taut.runtime.placed import free_memory, gathered, stored
 from taut.runtime.sampling import Sampling
 from taut.runtime.steps import Attend, Embed, Glu, Linear, Program, Torch, View, Weight
 
+LARGE = 2**25
+"""Bytes that no cache of a processor holds."""
 CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -27,9 +29,9 @@ class Runner:
     `caches` holds (keys, values) of every cache layer, (max_batch slots, kv_heads, max_length, d) each, of
     `cache_dtype`: float32, bfloat16 or float16; by default float32. It uses as many threads as torch does when it is
     built. `stepwise` runs one step after the other instead of all in one go, for looking at `buffers` in between.
-    Weights that no cache of the processor holds are copied onto large pages (`program` has the copies), or moved there
-    beside the first runs where memory is short, as are the caches of a slot when half of their positions are in use;
-    `settle` waits for it. Raises BadInput where the caches do not fit into memory.
+    Weights are copied onto large pages in the order of reading; where memory is short they are moved there as they are,
+    beside the first runs. So are the caches of a slot when half of their positions are in use; `settle` waits for it.
+    Raises BadInput where the caches do not fit into memory.
     """
 
     def __init__(
@@ -38,10 +40,11 @@ class Runner:
         if max_batch < 1:
             raise BadInput(f"a batch of {max_batch}", "take at least 1")
         cache_dtype = cache_dtype or torch.float32
-        self.program = program = gathered(program, cache_bytes(program, max_batch, cache_dtype))
+        self.program = program
+        laid = gathered(program, cache_bytes(program, max_batch, cache_dtype))
         self.max_batch, self.threads = max_batch, torch.get_num_threads()
         self.caches = make_caches(program, max_batch, cache_dtype)
-        self.packed = Packer(program, max_batch, self.caches).pack(stepwise)
+        self.packed = Packer(laid, max_batch, self.caches).pack(stepwise)
         self.buffers = self.packed.buffers
         self.logits = self.buffers[program.logits]
         self.vocabulary = vocabulary(program)
@@ -50,7 +53,7 @@ class Runner:
         self.rows = np.zeros((3, max_batch), np.int64)
         self.half_full: set[int] = set()
         self.settling: list[Thread] = []
-        self._move(stored(program))
+        self._move(stored(laid))
 
     def run(self, tokens: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
         """Float32 logits (rows, vocabulary), which the next run overwrites.

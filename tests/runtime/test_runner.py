@@ -10,7 +10,7 @@ from torch import Tensor
 
 from taut.checkpoint import BadInput
 from taut.huge_pages import collapse_meanwhile
-from taut.ops._weights import quantize
+from taut.ops._weights import abreast, quantize
 from taut.runtime.placed import gathered, matrices
 from taut.runtime.plain import PlainRunner
 from taut.runtime.runner import Runner
@@ -201,24 +201,51 @@ def test_written_caches_are_read():
 def test_weights_are_gathered_once_in_the_order_of_reading(monkeypatch: pytest.MonkeyPatch):
     made = attending(2, 1, 16, 16)
     tied = weight(VOCABULARY, 40)
-    steps = (
-        dataclasses.replace(made.steps[0], table=tied),
-        *made.steps[1:-1],
-        dataclasses.replace(made.steps[-1], x=View("x", 0, 40), weight=Weight(tied.data[:])),
+    logits = dataclasses.replace(made.steps[-1], x=View("x", 0, 40), weight=tied)
+    again = dataclasses.replace(logits, weight=Weight(tied.data[:]))
+    made = dataclasses.replace(
+        made, steps=(dataclasses.replace(made.steps[0], table=tied), *made.steps[1:], logits, again)
     )
-    made = dataclasses.replace(made, steps=steps)
-    assert gathered(made, 0) is made
-    monkeypatch.setattr("taut.runtime.placed.LARGE", 1)
     found = gathered(made, 0)
-    matrices_, places = list(matrices(found)), [m.data.data_ptr() for m in matrices(found)]
-    assert all(torch.equal(a.data, b.data) for a, b in zip(matrices_, matrices(made), strict=True))
-    assert places[-1] == places[0]
-    assert places[:-1] == sorted(places[:-1])
-    assert places[-2] - places[0] == sum(-(-m.data.nbytes // 128) * 128 for m in matrices_[:-2])
-    room = 2 * sum(m.data.nbytes for m in matrices_[:-1])
+    assert found.steps[0] is made.steps[0]
+    copies, places = list(matrices(found, False)), [m.data.data_ptr() for m in matrices(found, False)]
+    originals = [abreast(m.data) for m in matrices(made, False)]
+    assert all(torch.equal(a.data, b) for a, b in zip(copies, originals, strict=True))
+    assert places[-1] == places[-2]
+    assert places[:-1] == sorted(set(places))
+    sizes = [-(-m.data.nbytes // 128) * 128 for m in copies[:-1]]
+    assert places[-1] - places[0] == sum(sizes[:-1])
+    room = 2 * sum(m.data.nbytes for m in copies[:-1])
     monkeypatch.setattr("taut.runtime.placed.free_memory", lambda: room)
     assert gathered(made, 0) is not made
     assert gathered(made, 1) is made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("outputs", "inputs"), [(16, 4), (33, 7), (1, 1), (48, 6)])
+def test_rows_abreast(outputs: int, inputs: int, dtype: torch.dtype):
+    given = torch.randn(outputs + 1, inputs).to(dtype)[1:]
+    for source in (given, given.T.contiguous().T):
+        found = abreast(source).contiguous().view(dtype).view(-1, 16, 2 if dtype == torch.bfloat16 else 1)
+        found = found.view(-(-outputs // 16), -1, 16, found.shape[-1]).transpose(2, 3).flatten(1, 2)
+        assert torch.equal(found.mT.flatten(0, 1)[:outputs, :inputs], given)
+        assert found.shape[1] % 4 == 0
+        assert not found[:, inputs:].any()
+        assert not found.mT.flatten(0, 1)[outputs:].any()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 16])
+@pytest.mark.parametrize("form", ["float32", "bfloat16"])
+def test_short_of_memory_weights_stay_as_they_are(form: str, rows: int, monkeypatch: pytest.MonkeyPatch):
+    widths = {"x": 77, "h": 75, "g": 90}
+    x = of("x", widths)
+    steps = [Linear("h", x, weight(75, 77, form)), Glu("g", x, weight(90, 77, form), weight(90, 77, form), "silu")]
+    made = program([*steps, Combine("y", View("g", 5, 80), of("h", widths), 0.5, 2.0)], widths | {"y": 75})
+    agree(made, rows)
+    monkeypatch.setattr("taut.runtime.placed.free_memory", lambda: 0)
+    assert gathered(made, 0) is made
+    monkeypatch.setattr("taut.runtime.runner.free_memory", lambda: None)
+    agree(made, rows)
 
 
 def test_caches_of_a_half_full_slot_move_onto_large_pages(monkeypatch: pytest.MonkeyPatch):

@@ -5,12 +5,17 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from taut.ops._numba.abreast import abreast
 from taut.ops._numba.nibbles import grouped
 from taut.ops._numba.rows import ROWS, dense
 from taut.ops._numba.scalar import JIT, array, span
+from taut.ops._weights import INPUTS
 
-FLOAT32, BFLOAT16, FLOAT16, INT8, INT4_HALF, INT4_FLOAT = range(6)
-"""Formats of a weight: three floating ones, int8 with a float32 scale a row, int4 with a scale a group of 32."""
+FLOAT32, BFLOAT16, FLOAT16 = range(3)
+FLOAT32_ABREAST, BFLOAT16_ABREAST, FLOAT16_ABREAST = range(3, 6)
+INT8, INT4_HALF, INT4_FLOAT = range(6, 9)
+"""Formats of a weight: three floating ones, the same with sixteen rows abreast, int8 with a float32 scale a row, int4
+with a scale a group of 32."""
 
 
 @njit(**JIT)
@@ -27,6 +32,7 @@ def products(form, w, s, x, x_stride, tokens, k, first, last, out, out_stride, a
     """out[t, r - first] = (row r of the weight) . x[t] for the rows from first to last; strides are in bytes.
 
     `form` is one of the formats above; x is float32, its rows padded to a multiple of 16 with zeros, for int4 arranged.
+    Of rows abreast the first is a multiple of 16, and whole blocks of them are written.
     `after` is where the caller will read next, which is fetched meanwhile.
     """
     if form == FLOAT32:
@@ -35,6 +41,12 @@ def products(form, w, s, x, x_stride, tokens, k, first, last, out, out_stride, a
         dense(w, x, x_stride, tokens, k, first, last, out, out_stride, after, np.uint16(0))
     elif form == FLOAT16:
         dense(w, x, x_stride, tokens, k, first, last, out, out_stride, after, np.int16(0))
+    elif form == FLOAT32_ABREAST:
+        abreast(w, x, x_stride, tokens, k, first, last, out, out_stride, after, np.float32(0))
+    elif form == BFLOAT16_ABREAST:
+        abreast(w, x, x_stride, tokens, k, first, last, out, out_stride, after, np.uint16(0))
+    elif form == FLOAT16_ABREAST:
+        abreast(w, x, x_stride, tokens, k, first, last, out, out_stride, after, np.int16(0))
     elif form == INT8:
         dense(w, x, x_stride, tokens, k, first, last, out, out_stride, after, np.int8(0))
         scale_rows(s, tokens, first, last, out, out_stride)
@@ -45,19 +57,26 @@ def products(form, w, s, x, x_stride, tokens, k, first, last, out, out_stride, a
 
 
 @njit(**JIT)
-def share_of(n, part, parts):
+def is_abreast(form):
+    return FLOAT32_ABREAST <= form <= FLOAT16_ABREAST
+
+
+@njit(**JIT)
+def share_of(n, part, parts, tile=ROWS):
     """The part-th share of n rows, in whole tiles."""
-    first, last = span((n + ROWS - 1) // ROWS, part, parts)
-    return first * ROWS, min(last * ROWS, n)
+    first, last = span((n + tile - 1) // tile, part, parts)
+    return first * tile, min(last * tile, n)
 
 
 @njit(**JIT)
 def place_of(form, w, k, row):
-    """Where a row of a weight of k inputs begins."""
+    """Where a row of a weight of k inputs begins, or the rows abreast from it on."""
+    if is_abreast(form):
+        k = (k + INPUTS - 1) // INPUTS * INPUTS
     size = k // 2
-    if form == FLOAT32:
+    if form in (FLOAT32, FLOAT32_ABREAST):
         size = 4 * k
-    elif form in (BFLOAT16, FLOAT16):
+    elif form in (BFLOAT16, FLOAT16, BFLOAT16_ABREAST, FLOAT16_ABREAST):
         size = 2 * k
     elif form == INT8:
         size = k

@@ -44,9 +44,10 @@ def zeros(builder: Any, kind: ir.Type, count: int) -> list[Any]:
     return totals
 
 
-def broadcast(builder: Any, value: Any) -> Any:
-    first = builder.insert_element(ir.Constant(VECTOR, ir.Undefined), value, ir.Constant(INT32, 0))
-    return builder.shuffle_vector(first, ir.Constant(VECTOR, ir.Undefined), splat(ir.VectorType(INT32, LANES), 0))
+def broadcast(builder: Any, value: Any, lanes: int = LANES) -> Any:
+    none = ir.Constant(ir.VectorType(FLOAT, lanes), ir.Undefined)
+    first = builder.insert_element(none, value, ir.Constant(INT32, 0))
+    return builder.shuffle_vector(first, none, splat(ir.VectorType(INT32, lanes), 0))
 
 
 def total_of(builder: Any, vectors: list[Any]) -> Any:

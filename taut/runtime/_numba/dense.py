@@ -8,13 +8,15 @@ import numba as nb
 import numpy as np
 from numba import njit
 
-from taut.ops._numba.formats import INT4_HALF, place_of, products, share_of
+from taut.ops._numba.formats import INT4_HALF, is_abreast, place_of, products, share_of
 from taut.ops._numba.nibbles import WIDE, arrange
 from taut.ops._numba.products import activate
+from taut.ops._numba.rows import ROWS
 from taut.ops._numba.scalar import JIT, array, span, tanh
+from taut.ops._numba.simd import LANES
 from taut.runtime._numba.table import CENTRED, PLAIN
 
-BLOCK = 64
+BLOCK = 512
 """Rows of a weight whose products a thread holds before it finishes them."""
 
 
@@ -132,18 +134,24 @@ def finished(p, row, t, first):
 
 
 @njit(**JIT)
+def rows_of(p, part, parts):
+    """The half-open range of the rows of a step's weights that a thread multiplies."""
+    return share_of(p.n, part, parts, LANES if is_abreast(p.form) or is_abreast(p.form2) else ROWS)
+
+
+@njit(**JIT)
 def beginning(p, part, parts):
     """Where a thread begins to read the weight of a step."""
-    return place_of(p.form, p.w, p.k, share_of(p.n, part, parts)[0])
+    return place_of(p.form, p.w, p.k, rows_of(p, part, parts)[0])
 
 
 @njit(**JIT)
 def linear(p, rows, scratch, part, parts, after):
     padded = padded_to(p.k)
     factors = gather(p, rows, scratch, padded)
-    out = scratch + 4 * (2 * padded + 1) * rows
+    out = scratch + 4 * (2 * padded + LANES) * rows
     x = seen_by(p.form, scratch, rows, padded)
-    begin, end = share_of(p.n, part, parts)
+    begin, end = rows_of(p, part, parts)
     for first in range(begin, end, BLOCK):
         last = min(first + BLOCK, end)
         on = place_of(p.form, p.w, p.k, last) if last < end else after
@@ -158,10 +166,10 @@ def linear(p, rows, scratch, part, parts, after):
 def glu(p, rows, scratch, part, parts, after):
     padded = padded_to(p.k)
     factors = gather(p, rows, scratch, padded)
-    gate = scratch + 4 * (2 * padded + 1) * rows
+    gate = scratch + 4 * (2 * padded + LANES) * rows
     up = gate + 4 * BLOCK * rows
     x, x2 = seen_by(p.form, scratch, rows, padded), seen_by(p.form2, scratch, rows, padded)
-    begin, end = share_of(p.n, part, parts)
+    begin, end = rows_of(p, part, parts)
     for first in range(begin, end, BLOCK):
         last = min(first + BLOCK, end)
         other = place_of(p.form2, p.w2, p.k, first)

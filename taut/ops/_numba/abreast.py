@@ -1,0 +1,108 @@
+"""Products of a few tokens with sixteen rows of a weight abreast, whose numbers lie in the order of reading.
+
+A vector holds one input of every row, or two as pairs of bfloat16. It is multiplied by an input that all lanes share:
+no lanes are ever added up and no row ends before its block, so that almost every instruction reads or multiplies, and
+the processor follows the one stream of addresses as fast as it reads. `ops/_weights.abreast` lays a weight out so.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import njit, types
+
+from taut.ops._numba.caches import even_and_odd
+from taut.ops._numba.rows import LINE, further, of_a_pair, prefetch, tree
+from taut.ops._numba.scalar import FLOAT, JIT, array, intrinsic
+from taut.ops._numba.simd import (
+    BITS,
+    LANES,
+    WORD,
+    at,
+    broadcast,
+    load,
+    multiply_add,
+    rolled,
+    store,
+    zeros,
+)
+from taut.ops._weights import INPUTS
+
+HALF = LANES // 2
+"""Lanes where next to nothing but reading is done: processors follow loads of half a line faster than of whole ones."""
+FEW = 2
+"""Tokens for which every second line is asked for: who multiplies by more reads on too late to be given the rest."""
+
+
+@intrinsic(prefer_literal=True)
+def block(_typing, tag, tokens, w, stop, after, x, x_stride, k, out, out_stride):
+    """out[t, j] = (row j of sixteen at w) . x[t] for a constant number of `tokens`; k is a multiple of INPUTS.
+
+    x is float32. A round takes INPUTS numbers of it, each of which has sums of its own. Asks meanwhile for the memory
+    that follows, as `tile` of rows.py.
+    """
+    many, kind = tokens.literal_value, types.unliteral(tag)
+    number = BITS[kind] // 8
+    word, paired = (4, True) if kind == types.uint16 else (number, False)
+    lanes = HALF if many == 1 and kind == types.float32 else LANES
+    parts = range(0, LANES, lanes)
+
+    def inputs_at(builder: Any, place: Any) -> list[list[Any]]:
+        """The values of each input of a round, in vectors of `lanes` rows."""
+        if not paired:
+            return [
+                [load(builder, at(builder, place, (n, LANES * number), (part, number)), kind, lanes) for part in parts]
+                for n in range(INPUTS)
+            ]
+        found = []
+        for n in range(INPUTS // 2):
+            both = [even_and_odd(builder, at(builder, place, (n, LANES * word), (part, word)), lanes) for part in parts]
+            found += [list(values) for values in zip(*both, strict=True)]
+        return found
+
+    def generate(context, builder, _signature, args):
+        _, _, w, stop, after, x, x_stride, k, out, out_stride = args
+        vector, size = ir.VectorType(FLOAT, lanes), INPUTS * LANES * number
+        sums = [[zeros(builder, vector, len(parts)) for _ in range(INPUTS)] for _ in range(many)]
+        tokens_at = [at(builder, x, (t, x_stride)) for t in range(many)]
+        ahead, rounds = further(builder, w, stop, after), builder.sdiv(k, ir.Constant(WORD, INPUTS))
+        with rolled(builder, ir.Constant(WORD, 0), rounds) as turn:
+            soon = of_a_pair(builder, at(builder, ahead, (turn, size)))
+            prefetch(builder, soon, size // LINE, every=2 if many <= FEW else 1)
+            found = inputs_at(builder, at(builder, w, (turn, size)))
+            for place, totals in zip(tokens_at, sums, strict=True):
+                for n, (values, into) in enumerate(zip(found, totals, strict=True)):
+                    one = load(builder, at(builder, place, (turn, 4 * INPUTS), (n, 4)), types.float32, 1)
+                    for value, total in zip(values, into, strict=True):
+                        multiply_add(builder, total, value, broadcast(builder, one, lanes))
+        for t, totals in enumerate(sums):
+            for part, chains in zip(parts, zip(*totals, strict=True), strict=True):
+                total = tree(builder, [builder.load(chain) for chain in chains])
+                store(builder, total, at(builder, out, (t, out_stride), (part, 4)))
+        return context.get_dummy_value()
+
+    return types.void(tag, tokens, *[types.int64] * 8), generate
+
+
+@njit(**JIT)
+def abreast(w, x, x_stride, tokens, k, first, last, out, out_stride, after, tag):
+    """`products` for rows from a multiple of sixteen on; writes whole blocks of them."""
+    inputs = (k + INPUTS - 1) // INPUTS * INPUTS
+    size = inputs * array(w, 1, tag).itemsize
+    stop = w + (last + LANES - 1) // LANES * LANES * size
+    for row in range(first, last, LANES):
+        here, t, to = w + row * size, 0, out + 4 * (row - first)
+        while t + 6 <= tokens:
+            block(tag, 6, here, stop, after, x + t * x_stride, x_stride, inputs, to + t * out_stride, out_stride)
+            t += 6
+        if t + 5 == tokens:
+            block(tag, 5, here, stop, after, x + t * x_stride, x_stride, inputs, to + t * out_stride, out_stride)
+        elif t + 4 == tokens:
+            block(tag, 4, here, stop, after, x + t * x_stride, x_stride, inputs, to + t * out_stride, out_stride)
+        elif t + 3 == tokens:
+            block(tag, 3, here, stop, after, x + t * x_stride, x_stride, inputs, to + t * out_stride, out_stride)
+        elif t + 2 == tokens:
+            block(tag, 2, here, stop, after, x + t * x_stride, x_stride, inputs, to + t * out_stride, out_stride)
+        elif t < tokens:
+            block(tag, 1, here, stop, after, x + t * x_stride, x_stride, inputs, to + t * out_stride, out_stride)
