@@ -160,18 +160,25 @@ def chunk(q, group, d, k, k_stride, v, v_stride, dv, keys, first, last, cap, ali
 
 @njit(**JIT)
 def merge(peaks, totals, parts, sink, to, tag):
-    """to = the softmax over all chunks of one head; `sink` is a logit that only adds to the denominator."""
+    """to = the softmax over all chunks of one head; `sink` is a logit that only adds to the denominator.
+
+    The first of the parts is overwritten.
+    """
     top, total = sink, nb.float32(0)
     for c in range(len(peaks)):
         top = peaks[c] if peaks[c] > top else top
     if sink > HIDDEN:
         total = exp(sink - top)
-    sums = np.zeros(parts.shape[1], np.float32)
+    sums = parts[0]
     for c in range(len(peaks)):
         factor = exp(peaks[c] - top) if peaks[c] > HIDDEN else nb.float32(1)
         total += factor * totals[c]
-        for i in range(len(sums)):
-            sums[i] += factor * parts[c, i]
+        if c == 0:
+            for i in range(len(sums)):
+                sums[i] *= factor
+        else:
+            for i in range(len(sums)):
+                sums[i] += factor * parts[c, i]
     for i in range(len(sums)):
         to[i] = down(sums[i] / total if total != 0 else nb.float32(0), tag)
 

@@ -82,14 +82,14 @@ def play(part, parts, steps, attends, first, last, rows, tokens, positions, slot
         a = attends[p.attend]
         if p.code == TURN:  # the keys and values of earlier tokens stand there already
             attend_early(a, rows, positions, slots, part, parts)
-        if p.wait and parts > 1:
+        if p.wait and parts > 1 and not (p.code == ATTEND and rows == 1):
             waits += 1
             wait_for(counter, waits * parts, beginning(steps[p.soon], part, parts) + AHEAD)
         if p.code == LINEAR:
             linear(p, rows, mine, part, parts, beginning(steps[p.next], part, parts))
         elif p.code == GLU:
             glu(p, rows, mine, part, parts, beginning(steps[p.next], part, parts))
-        elif p.code == TURN:
+        elif p.code == TURN and rows > 1:
             turn(a, rows, positions, slots, mine, part, parts)
         elif p.code == ATTEND:
             after = beginning(steps[p.soon], part, parts)

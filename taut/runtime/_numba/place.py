@@ -6,13 +6,15 @@ import numba as nb
 import numpy as np
 from numba import njit
 
+from taut.ops._numba.caches import KEYS
 from taut.ops._numba.decode import HIDDEN, chunk, merge
 from taut.ops._numba.formats import BFLOAT16, FLOAT16, FLOAT32, INT4_HALF, INT8
 from taut.ops._numba.rows import fetch, fetch_all
 from taut.ops._numba.scalar import JIT, array, down, span, up
 from taut.runtime._numba.dense import floats, scaled, statistics
 
-LEAST_CHUNK, MOST_CHUNKS = 32, 32
+CHUNK, MOST_CHUNKS = 32, 32
+"""Keys of a chunk, about, and chunks at the most."""
 MOST_ASKED = 1 << 17
 """Bytes of keys and values that a thread asks for early: a part of its second cache."""
 
@@ -88,35 +90,51 @@ def append_as(cache_tag, source, address, count):
 
 
 @njit(**JIT)
+def turn_query(a, t, h, position, to):
+    """A head's query normed, turned and scaled."""
+    query = floats(to, a.d)
+    turned(a, a.q + t * a.q_stride + 4 * h * a.d, query, a.d, a.q_norm, a.q_eps, a.q_gain, a.q_bias, position)
+    for i in range(a.d):
+        query[i] *= nb.float32(a.scale)
+
+
+@njit(**JIT)
+def append_key(a, t, h, position, slot, scratch):
+    """Norm and turn a head's key and put it into the cache."""
+    room, size = floats(scratch, a.d), 4 if a.cache_tag == FLOAT32 else 2
+    turned(a, a.k + t * a.k_stride + 4 * h * a.d, room, a.d, a.k_norm, a.k_eps, a.k_gain, a.k_bias, position)
+    place = a.keys + slot * a.keys_slot + h * a.keys_head + position * a.d * size
+    append_as(a.cache_tag, room, place, a.d)
+
+
+@njit(**JIT)
+def append_value(a, t, h, position, slot):
+    size = 4 if a.cache_tag == FLOAT32 else 2
+    place = a.values + slot * a.values_slot + h * a.values_head + position * a.dv * size
+    append_as(a.cache_tag, floats(a.v + t * a.v_stride + 4 * h * a.dv, a.dv), place, a.dv)
+
+
+@njit(**JIT)
 def turn(a, rows, positions, slots, scratch, part, parts):
-    """Norm and turn the queries and scale them, norm and turn the keys and append them, append the values."""
-    size, kv_heads = 4 if a.cache_tag == FLOAT32 else 2, a.kv_heads if a.k else 0
+    """Turn the queries of all rows, and append their keys and values."""
+    kv_heads = a.kv_heads if a.k else 0
     each = a.heads + 2 * kv_heads
     first, last = span(rows * each, part, parts)
-    scale, room = nb.float32(a.scale), floats(scratch, a.d)
     for piece in range(first, last):
         t, h = piece // each, piece % each
-        position, slot = positions[t], slots[t]
         if h < a.heads:
-            to = floats(a.turned + t * a.turned_stride + 4 * h * a.d, a.d)
-            turned(a, a.q + t * a.q_stride + 4 * h * a.d, to, a.d, a.q_norm, a.q_eps, a.q_gain, a.q_bias, position)
-            for i in range(a.d):
-                to[i] *= scale
+            turn_query(a, t, h, positions[t], a.turned + t * a.turned_stride + 4 * h * a.d)
         elif h < a.heads + kv_heads:
-            h -= a.heads
-            turned(a, a.k + t * a.k_stride + 4 * h * a.d, room, a.d, a.k_norm, a.k_eps, a.k_gain, a.k_bias, position)
-            place = a.keys + slot * a.keys_slot + h * a.keys_head + position * a.d * size
-            append_as(a.cache_tag, room, place, a.d)
+            append_key(a, t, h - a.heads, positions[t], slots[t], scratch)
         else:
-            h -= a.heads + kv_heads
-            place = a.values + slot * a.values_slot + h * a.values_head + position * a.dv * size
-            append_as(a.cache_tag, floats(a.v + t * a.v_stride + 4 * h * a.dv, a.dv), place, a.dv)
+            append_value(a, t, h - a.heads - kv_heads, positions[t], slots[t])
 
 
 @njit(**JIT)
 def keys_a_chunk(keys):
-    """How many keys a chunk of so many holds."""
-    return max((keys + MOST_CHUNKS * 16 - 1) // (MOST_CHUNKS * 16) * 16, LEAST_CHUNK)
+    """How many keys a chunk of so many holds: as many as every other, but for the last one's rest."""
+    chunks = min(max((keys + CHUNK // 2) // CHUNK, 1), MOST_CHUNKS)
+    return (keys + chunks * KEYS - 1) // (chunks * KEYS) * KEYS
 
 
 @njit(**JIT)
@@ -129,7 +147,7 @@ def chunks_of(a, position):
 
 
 @njit(**JIT)
-def attend_chunk(a, t, kv, c, lowest, step, position, slot, scratch, soon, after, tag):
+def attend_chunk(a, t, kv, c, lowest, step, position, slot, q, scratch, soon, after, tag):
     group, place = a.heads // a.kv_heads, t * a.heads + kv * (a.heads // a.kv_heads)
     first, size = lowest + c * step, array(a.keys, 1, tag).itemsize
     last = min(first + step, position + 1)
@@ -138,7 +156,6 @@ def attend_chunk(a, t, kv, c, lowest, step, position, slot, scratch, soon, after
     totals = floats(scratch + 4 * group * (step + 1), group)
     sums = array(scratch + 4 * group * (step + 2), (group, a.dv), np.float32(0))
     arranged = scratch + 4 * group * (step + 2 + a.dv)
-    q = a.turned + t * a.turned_stride + 4 * kv * group * a.d
     k, v = a.keys + slot * a.keys_slot + kv * a.keys_head, a.values + slot * a.values_slot + kv * a.values_head
     chunk(q, group, a.d, k, a.d * size, v, a.dv * size, a.dv, position + 1, first, last, nb.float32(a.cap),
           a.alibi, kv * group, 0, 0, False, scores, peaks, totals, sums, arranged,
@@ -192,22 +209,38 @@ def pieces_of(a, rows, positions, part, parts):
 
 @njit(**JIT)
 def attend(a, rows, positions, slots, scratch, part, parts, next_):
-    """The chunks of keys of all heads of all rows, shared evenly among the threads; `next_` is what is read then."""
+    """The chunks of keys of all heads of all rows, shared evenly among the threads; `next_` is what is read then.
+
+    One row was not turned before: a thread turns the queries that it needs, and appends a key and a value where it
+    reads the last chunk. So no thread waits for another's.
+    """
     begin, end = pieces_of(a, rows, positions, part, parts)
-    before = 0
+    group, before, held = a.heads // a.kv_heads, 0, -1
+    own, key = scratch, scratch + 4 * group * a.d
+    room = key + 4 * a.d
     for t in range(rows):
         lowest, step, chunks = chunks_of(a, positions[t])
         for piece in range(max(begin - before, 0), min(end - before, a.kv_heads * chunks)):
             kv, c, following = piece // chunks, piece % chunks, piece + 1
             soon, after = places(a, kv, c, lowest, step, positions[t], slots[t])[2], next_
+            q = a.turned + t * a.turned_stride + 4 * kv * group * a.d
+            if rows == 1:
+                q = own
+                if kv != held:
+                    for h in range(group):
+                        turn_query(a, t, kv * group + h, positions[t], own + 4 * h * a.d)
+                    held = kv
+                if a.k and c == chunks - 1:
+                    append_key(a, t, kv, positions[t], slots[t], key)
+                    append_value(a, t, kv, positions[t], slots[t])
             if before + following < end and following < a.kv_heads * chunks:
                 after = places(a, following // chunks, following % chunks, lowest, step, positions[t], slots[t])[0]
             if a.cache_tag == FLOAT32:
-                attend_chunk(a, t, kv, c, lowest, step, positions[t], slots[t], scratch, soon, after, np.float32(0))
+                attend_chunk(a, t, kv, c, lowest, step, positions[t], slots[t], q, room, soon, after, np.float32(0))
             elif a.cache_tag == BFLOAT16:
-                attend_chunk(a, t, kv, c, lowest, step, positions[t], slots[t], scratch, soon, after, np.uint16(0))
+                attend_chunk(a, t, kv, c, lowest, step, positions[t], slots[t], q, room, soon, after, np.uint16(0))
             else:
-                attend_chunk(a, t, kv, c, lowest, step, positions[t], slots[t], scratch, soon, after, np.int16(0))
+                attend_chunk(a, t, kv, c, lowest, step, positions[t], slots[t], q, room, soon, after, np.int16(0))
         before += a.kv_heads * chunks
 
 
