@@ -25,7 +25,7 @@ from taut.ops._numba.products import ACTS
 from taut.ops._weights import INPUTS
 from taut.runtime._numba import table
 from taut.runtime._numba.dense import BLOCK, padded_to
-from taut.runtime._numba.place import CHUNK, MOST_CHUNKS, keys_a_chunk
+from taut.runtime._numba.place import MOST_CHUNKS, most_keys_a_chunk
 from taut.runtime.steps import (
     Attend,
     Combine,
@@ -209,7 +209,7 @@ class Packer:
         self.attends.append(self._attention(step))
         index, cache = {"attend": len(self.attends) - 1}, ("cache", step.layer)
         group, longest = step.heads // step.kv_heads, self.program.max_length
-        keys = max(keys_a_chunk(longest), CHUNK + CHUNK // 2)
+        keys = most_keys_a_chunk(longest)
         self._room(group * (keys + 2 + step.dv + 2 * step.d) + step.d)
         reads = {self.places[view.buffer] for view in (step.q, step.k, step.v) if view is not None}
         yield Record({"code": table.TURN} | index, reads, {"turned", cache} if step.k is not None else {"turned"})

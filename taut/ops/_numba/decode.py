@@ -145,17 +145,39 @@ def chunk(q, group, d, k, k_stride, v, v_stride, dv, keys, first, last, cap, ali
     if mask and mask_stride == 0 and not additive and unseen(mask + first * size, count, mask_tag):
         peaks[:], totals[:] = HIDDEN, 0
         return
-    stride = 4 * scores.shape[1]
-    starts = k + first * k_stride, v + first * v_stride
-    stop = k + keys * k_stride
-    score(q, arranged, group, d, starts[0], k_stride, count, stop, scores.ctypes.data, stride, soon, k_tag)
+    stride, weights, sums = 4 * scores.shape[1], scores.ctypes.data, out.ctypes.data
+    k_at, v_at, stop = k + first * k_stride, v + first * v_stride, k + keys * k_stride
+    far = count - following(k_tag, count, k_stride)
+    score(q, arranged, group, d, k_at, k_stride, far, stop, weights, stride, k_at + (count - far) * k_stride, k_tag)
+    score(
+        q,
+        arranged,
+        group,
+        d,
+        k_at + far * k_stride,
+        k_stride,
+        count - far,
+        stop,
+        weights + 4 * far,
+        stride,
+        soon,
+        k_tag,
+    )
     slopes = array(alibi, head + group, np.float32(0))
     for h in range(group):
         slope = slopes[head + h] if alibi else nb.float32(0)
         marks = mask + h * mask_stride + first * size if mask else 0
         adjust(scores[h, :count], keys - 1 - first, cap, slope, marks, additive, mask_tag)
         peaks[h], totals[h] = weigh(scores[h, :count])
-    add_rows(scores.ctypes.data, stride, group, starts[1], v_stride, dv, count, out.ctypes.data, after, k_tag)
+    far = count - following(k_tag, count, v_stride)
+    add_rows(weights, stride, group, v_at, v_stride, dv, far, sums, v_at + (count - far) * v_stride, k_tag)
+    add_rows(weights + 4 * far, stride, group, v_at + far * v_stride, v_stride, dv, count - far, sums, after, k_tag)
+
+
+@njit(**JIT)
+def following(k_tag, count, stride):
+    """The last rows of so many while which what comes after them is asked for: for the others, rows of their own."""
+    return min(count, (AHEAD // stride + 3) // 4 * 4) if asks_evenly(k_tag) else count
 
 
 @njit(**JIT)

@@ -13,8 +13,10 @@ from taut.ops._numba.rows import fetch, fetch_all
 from taut.ops._numba.scalar import JIT, array, down, span, up
 from taut.runtime._numba.dense import floats, scaled, statistics
 
-CHUNK, MOST_CHUNKS = 32, 32
-"""Keys of a chunk, about, and chunks at the most."""
+CHUNK, LONG_CHUNK = 32, 512
+"""Keys of a chunk, about, while there are few chunks, and from which on there may be many: memory is read fastest by
+long stretches."""
+FEW_CHUNKS, MOST_CHUNKS = 8, 32
 MOST_ASKED = 1 << 17
 """Bytes of keys and values that a thread asks for early: a part of its second cache."""
 
@@ -133,8 +135,16 @@ def turn(a, rows, positions, slots, scratch, part, parts):
 @njit(**JIT)
 def keys_a_chunk(keys):
     """How many keys a chunk of so many holds: as many as every other, but for the last one's rest."""
-    chunks = min(max((keys + CHUNK // 2) // CHUNK, 1), MOST_CHUNKS)
+    most = min(max(keys // LONG_CHUNK, FEW_CHUNKS), MOST_CHUNKS)
+    chunks = min(max((keys + CHUNK // 2) // CHUNK, 1), most)
     return (keys + chunks * KEYS - 1) // (chunks * KEYS) * KEYS
+
+
+@njit(**JIT)
+def most_keys_a_chunk(longest):
+    """How many keys a chunk holds at the most, of any number of keys up to the longest."""
+    between = LONG_CHUNK + LONG_CHUNK // FEW_CHUNKS + KEYS
+    return max(min(between, longest + KEYS), keys_a_chunk(longest))
 
 
 @njit(**JIT)
