@@ -210,7 +210,7 @@ class Packer:
         index, cache = {"attend": len(self.attends) - 1}, ("cache", step.layer)
         group, longest = step.heads // step.kv_heads, self.program.max_length
         keys = most_keys_a_chunk(longest)
-        self._room(group * (keys + 2 + step.dv + 2 * step.d) + step.d)
+        self._room((step.heads + 1) * step.d + group * (keys + 2 + step.dv + step.d))
         reads = {self.places[view.buffer] for view in (step.q, step.k, step.v) if view is not None}
         yield Record({"code": table.TURN} | index, reads, {"turned", cache} if step.k is not None else {"turned"})
         yield Record({"code": table.ATTEND} | index, {"turned", cache}, {"sums"})

@@ -12,7 +12,7 @@ from taut.ops._numba.parallel import together
 from taut.ops._numba.rows import AHEAD, fetch
 from taut.ops._numba.scalar import JIT, intrinsic
 from taut.runtime._numba.dense import beginning, combine, glu, linear, normalize
-from taut.runtime._numba.place import attend, attend_early, embed, merge_chunks, turn
+from taut.runtime._numba.place import attend, attend_early, embed, merge_chunks, turn, turn_own
 from taut.runtime._numba.table import ATTEND, COMBINE, EMBED, GLU, LINEAR, MERGE, NORMALIZE, TURN
 
 WORD = ir.IntType(64)
@@ -89,7 +89,9 @@ def play(part, parts, steps, attends, first, last, rows, tokens, positions, slot
             linear(p, rows, mine, part, parts, beginning(steps[p.next], part, parts))
         elif p.code == GLU:
             glu(p, rows, mine, part, parts, beginning(steps[p.next], part, parts))
-        elif p.code == TURN and rows > 1:
+        elif p.code == TURN and rows == 1:
+            turn_own(a, positions, slots, mine, part, parts)
+        elif p.code == TURN:
             turn(a, rows, positions, slots, mine, part, parts)
         elif p.code == ATTEND:
             after = beginning(steps[p.soon], part, parts)

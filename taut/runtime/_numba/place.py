@@ -219,30 +219,16 @@ def pieces_of(a, rows, positions, part, parts):
 
 @njit(**JIT)
 def attend(a, rows, positions, slots, scratch, part, parts, next_):
-    """The chunks of keys of all heads of all rows, shared evenly among the threads; `next_` is what is read then.
-
-    One row was not turned before: a thread turns the queries that it needs, and appends a key and a value where it
-    reads the last chunk. So no thread waits for another's.
-    """
+    """The chunks of keys of all heads of all rows, shared evenly among the threads; `next_` is what is read then."""
     begin, end = pieces_of(a, rows, positions, part, parts)
-    group, before, held = a.heads // a.kv_heads, 0, -1
-    own, key = scratch, scratch + 4 * group * a.d
-    room = key + 4 * a.d
+    group, before = a.heads // a.kv_heads, 0
+    queries, room = scratch if rows == 1 else a.turned, scratch + 4 * (a.heads + 1) * a.d
     for t in range(rows):
         lowest, step, chunks = chunks_of(a, positions[t])
         for piece in range(max(begin - before, 0), min(end - before, a.kv_heads * chunks)):
             kv, c, following = piece // chunks, piece % chunks, piece + 1
             soon, after = places(a, kv, c, lowest, step, positions[t], slots[t])[2], next_
-            q = a.turned + t * a.turned_stride + 4 * kv * group * a.d
-            if rows == 1:
-                q = own
-                if kv != held:
-                    for h in range(group):
-                        turn_query(a, t, kv * group + h, positions[t], own + 4 * h * a.d)
-                    held = kv
-                if a.k and c == chunks - 1:
-                    append_key(a, t, kv, positions[t], slots[t], key)
-                    append_value(a, t, kv, positions[t], slots[t])
+            q = queries + t * a.turned_stride + 4 * kv * group * a.d
             if before + following < end and following < a.kv_heads * chunks:
                 after = places(a, following // chunks, following % chunks, lowest, step, positions[t], slots[t])[0]
             if a.cache_tag == FLOAT32:
@@ -252,6 +238,23 @@ def attend(a, rows, positions, slots, scratch, part, parts, next_):
             else:
                 attend_chunk(a, t, kv, c, lowest, step, positions[t], slots[t], q, room, soon, after, np.int16(0))
         before += a.kv_heads * chunks
+
+
+@njit(**JIT)
+def turn_own(a, positions, slots, scratch, part, parts):
+    """`turn` of one row, by every thread for the chunks that it attends to: none waits for what another turns.
+
+    Queries go into scratch; a key and a value are appended by who attends to the last chunk.
+    """
+    position, slot, group = positions[0], slots[0], a.heads // a.kv_heads
+    begin, end = pieces_of(a, 1, positions, part, parts)
+    chunks = chunks_of(a, position)[2]
+    for kv in range(begin // chunks, (end + chunks - 1) // chunks):
+        for h in range(kv * group, (kv + 1) * group):
+            turn_query(a, 0, h, position, scratch + 4 * h * a.d)
+        if a.k and begin <= (kv + 1) * chunks - 1 < end:
+            append_key(a, 0, kv, position, slot, scratch + 4 * a.heads * a.d)
+            append_value(a, 0, kv, position, slot)
 
 
 @njit(**JIT)
