@@ -14,9 +14,10 @@ from numba import njit, types
 
 from taut.ops._numba.caches import even_and_odd
 from taut.ops._numba.rows import LINE, further, of_a_pair, prefetch, tree
-from taut.ops._numba.scalar import FLOAT, JIT, array, intrinsic
+from taut.ops._numba.scalar import FLOAT, JIT, array, intrinsic, splat
 from taut.ops._numba.simd import (
     BITS,
+    FUSE,
     LANES,
     WORD,
     at,
@@ -25,12 +26,15 @@ from taut.ops._numba.simd import (
     multiply_add,
     rolled,
     store,
+    upto,
     zeros,
 )
 from taut.ops._weights import INPUTS
 
 HALF = LANES // 2
 """Lanes where next to nothing but reading is done: processors follow loads of half a line faster than of whole ones."""
+SPAN = 64
+"""Rounds after which sums are added to a total: a long sum loses digits."""
 FEW = 2
 """Tokens for which every second line is asked for: who multiplies by more reads on too late to be given the rest."""
 
@@ -65,21 +69,39 @@ def block(_typing, tag, tokens, w, stop, after, x, x_stride, k, out, out_stride)
         _, _, w, stop, after, x, x_stride, k, out, out_stride = args
         vector, size = ir.VectorType(FLOAT, lanes), INPUTS * LANES * number
         sums = [[zeros(builder, vector, len(parts)) for _ in range(INPUTS)] for _ in range(many)]
+        totals = [zeros(builder, vector, len(parts)) for _ in range(many)]
         tokens_at = [at(builder, x, (t, x_stride)) for t in range(many)]
         ahead, rounds = further(builder, w, stop, after), builder.sdiv(k, ir.Constant(WORD, INPUTS))
-        with rolled(builder, ir.Constant(WORD, 0), rounds) as turn:
+
+        def add(turn: Any) -> None:
             soon = of_a_pair(builder, at(builder, ahead, (turn, size)))
             prefetch(builder, soon, size // LINE, every=2 if many <= FEW else 1)
             found = inputs_at(builder, at(builder, w, (turn, size)))
-            for place, totals in zip(tokens_at, sums, strict=True):
-                for n, (values, into) in enumerate(zip(found, totals, strict=True)):
+            for place, chains in zip(tokens_at, sums, strict=True):
+                for n, (values, into) in enumerate(zip(found, chains, strict=True)):
                     one = load(builder, at(builder, place, (turn, 4 * INPUTS), (n, 4)), types.float32, 1)
                     for value, total in zip(values, into, strict=True):
                         multiply_add(builder, total, value, broadcast(builder, one, lanes))
-        for t, totals in enumerate(sums):
-            for part, chains in zip(parts, zip(*totals, strict=True), strict=True):
-                total = tree(builder, [builder.load(chain) for chain in chains])
-                store(builder, total, at(builder, out, (t, out_stride), (part, 4)))
+
+        def collect() -> None:
+            for chains, into in zip(sums, totals, strict=True):
+                for part, total in zip(zip(*chains, strict=True), into, strict=True):
+                    found = tree(builder, [builder.load(chain) for chain in part])
+                    builder.store(builder.fadd(builder.load(total), found, flags=FUSE), total)
+                    for chain in part:
+                        builder.store(splat(vector, 0.0), chain)
+
+        span = ir.Constant(WORD, SPAN)
+        with upto(builder, ir.Constant(WORD, 0), builder.sdiv(at(builder, rounds, (SPAN - 1, 1)), span)) as loop:
+            first = builder.mul(loop.index, span)
+            last = at(builder, first, (SPAN, 1))
+            last = builder.select(builder.icmp_signed("<", last, rounds), last, rounds)
+            with rolled(builder, first, last) as turn:
+                add(turn)
+            collect()
+        for t, into in enumerate(totals):
+            for part, total in zip(parts, into, strict=True):
+                store(builder, builder.load(total), at(builder, out, (t, out_stride), (part, 4)))
         return context.get_dummy_value()
 
     return types.void(tag, tokens, *[types.int64] * 8), generate
