@@ -35,7 +35,7 @@ HALF = LANES // 2
 """Lanes where next to nothing but reading is done: processors follow loads of half a line faster than of whole ones."""
 SPAN = 64
 """Rounds after which sums are added to a total: a long sum loses digits."""
-FEW = 2
+FEW = 3
 """Tokens for which every second line is asked for: who multiplies by more reads on too late to be given the rest."""
 
 
