@@ -58,10 +58,12 @@ def abreast(weight: Tensor) -> Tensor:
     """A floating point weight (out, in) as (blocks of 16 outputs, inputs, 16), the order in which a CPU reads it best.
 
     Outputs and inputs are padded with zeros, inputs to a multiple of 4. Of bfloat16 two inputs make an int32, the first
-    one in its low half. A view where nothing has to be padded.
+    one in its low half. A view where nothing has to be padded or moved.
     """
     outputs, inputs = weight.shape
-    weight = F.pad(weight.detach(), (0, -inputs % INPUTS, 0, -outputs % ABREAST))
+    weight, missing = weight.detach(), (0, -inputs % INPUTS, 0, -outputs % ABREAST)
+    if any(missing):  # F.pad copies even where nothing is missing
+        weight = F.pad(weight, missing)
     if weight.dtype == torch.bfloat16:
         weight = weight.contiguous()
         weight = (weight.clone() if weight.storage_offset() % 2 else weight).view(torch.int32)

@@ -45,9 +45,8 @@ class Engine:
         stop: Iterable[int] = (),
         device: str = "cpu",
     ) -> None:
-        self.max_length, self.max_batch = program.max_length, max_batch
+        self.program, self.max_length, self.max_batch = program, program.max_length, max_batch
         self.runner, self.many = _runners(program, max_batch, cache_dtype, device)
-        self.program = self.runner.program
         self.device = self.many.caches[0][0].device
         self.lengths = [0] * max_batch
         self.stop = frozenset(stop)
@@ -194,7 +193,7 @@ def _runners(
     """What runs one token of each sequence, and what runs many of one, over the same caches."""
     if device == "cpu":
         runner = Runner(program, max_batch, cache_dtype or dtype_of(program))
-        return runner, PromptRunner(runner.program, runner.caches)
+        return runner, PromptRunner(program, runner.caches)
     from taut.runtime.cuda import CudaRunner, LongRunner
 
     runner = CudaRunner(program, max_batch, cache_dtype, gpu(device))

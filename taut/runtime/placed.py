@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -86,7 +86,7 @@ def dtype_of(program: Program) -> torch.dtype:
 
 def placed(program: Program, device: torch.device) -> Program:
     """The program with its tensors on a device, each put there once."""
-    return _moved(program, lambda t: t.detach().to(device).contiguous(), {})
+    return _moved(program, device, {})
 
 
 def gathered(program: Program, caches: int) -> Program:
@@ -104,8 +104,11 @@ def gathered(program: Program, caches: int) -> Program:
     if free is None or 2 * sum(map(nbytes, laid.values())) + caches > free:
         return program
     copies = dict(zip(laid, side_by_side(list(laid.values())), strict=True))
-    copy = lambda t: None if t is None else copies[_place(t)]  # noqa: E731
-    moved = lambda weight: Weight(copies[_place(weight.data)], copy(weight.scale))  # noqa: E731
+
+    def moved(weight: Weight) -> Weight:
+        scale = weight.scale
+        return Weight(copies[_place(weight.data)], None if scale is None else copies[_place(scale)])
+
     steps = list(program.steps)
     for i, step in enumerate(steps):
         match step:
@@ -127,17 +130,17 @@ def _place(t: Tensor) -> tuple:
     return t.data_ptr(), t.dtype, t.shape, t.stride()
 
 
-def _moved(value: Any, put: Callable[[Tensor], Tensor], known: dict[int, Tensor]) -> Any:
+def _moved(value: Any, device: torch.device, known: dict[int, Any]) -> Any:
     if isinstance(value, Tensor):
         if id(value) not in known:
-            known[id(value)] = put(value)
+            known[id(value)] = value.detach().to(device).contiguous()
         return known[id(value)]
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: _moved(getattr(value, f.name), put, known) for f in fields(value)})
+        return replace(value, **{f.name: _moved(getattr(value, f.name), device, known) for f in fields(value)})
     if isinstance(value, tuple):
-        return tuple(_moved(part, put, known) for part in value)
+        return tuple(_moved(part, device, known) for part in value)
     if isinstance(value, Mapping):
-        return {key: _moved(part, put, known) for key, part in value.items()}
+        return {key: _moved(part, device, known) for key, part in value.items()}
     return value
 
 

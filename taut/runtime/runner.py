@@ -18,9 +18,9 @@ from taut.runtime.placed import free_memory, gathered, stored
 from taut.runtime.sampling import Sampling
 from taut.runtime.steps import Attend, Embed, Glu, Linear, Program, Torch, View, Weight
 
+CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGE = 2**25
 """Bytes that no cache of a processor holds."""
-CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Runner:

@@ -48,22 +48,15 @@ def block(_typing, tag, tokens, w, stop, after, x, x_stride, k, out, out_stride)
     """
     many, kind = tokens.literal_value, types.unliteral(tag)
     number = BITS[kind] // 8
-    word, paired = (4, True) if kind == types.uint16 else (number, False)
     lanes = HALF if many == 1 and kind == types.float32 else LANES
     parts = range(0, LANES, lanes)
 
     def inputs_at(builder: Any, place: Any) -> list[list[Any]]:
         """The values of each input of a round, in vectors of `lanes` rows."""
-        if not paired:
-            return [
-                [load(builder, at(builder, place, (n, LANES * number), (part, number)), kind, lanes) for part in parts]
-                for n in range(INPUTS)
-            ]
-        found = []
-        for n in range(INPUTS // 2):
-            both = [even_and_odd(builder, at(builder, place, (n, LANES * word), (part, word)), lanes) for part in parts]
-            found += [list(values) for values in zip(*both, strict=True)]
-        return found
+        places = [at(builder, place, (n, LANES * number)) for n in range(INPUTS)]
+        if kind == types.uint16:
+            return [[value] for pair in places[::2] for value in even_and_odd(builder, pair)]
+        return [[load(builder, at(builder, one, (part, number)), kind, lanes) for part in parts] for one in places]
 
     def generate(context, builder, _signature, args):
         _, _, w, stop, after, x, x_stride, k, out, out_stride = args
@@ -108,23 +101,29 @@ def block(_typing, tag, tokens, w, stop, after, x, x_stride, k, out, out_stride)
 
 
 @njit(**JIT)
+def whole(k):
+    """The inputs of a row abreast, with those that fill up its last round."""
+    return (k + INPUTS - 1) // INPUTS * INPUTS
+
+
+@njit(**JIT)
 def abreast(w, x, x_stride, tokens, k, first, last, out, out_stride, after, tag):
     """`products` for rows from a multiple of sixteen on; writes whole blocks of them."""
-    inputs = (k + INPUTS - 1) // INPUTS * INPUTS
-    size = inputs * array(w, 1, tag).itemsize
+    k = whole(k)
+    size = k * array(w, 1, tag).itemsize
     stop = w + (last + LANES - 1) // LANES * LANES * size
     for row in range(first, last, LANES):
-        here, t, to = w + row * size, 0, out + 4 * (row - first)
-        while t + 6 <= tokens:
-            block(tag, 6, here, stop, after, x + t * x_stride, x_stride, inputs, to + t * out_stride, out_stride)
-            t += 6
-        if t + 5 == tokens:
-            block(tag, 5, here, stop, after, x + t * x_stride, x_stride, inputs, to + t * out_stride, out_stride)
-        elif t + 4 == tokens:
-            block(tag, 4, here, stop, after, x + t * x_stride, x_stride, inputs, to + t * out_stride, out_stride)
-        elif t + 3 == tokens:
-            block(tag, 3, here, stop, after, x + t * x_stride, x_stride, inputs, to + t * out_stride, out_stride)
-        elif t + 2 == tokens:
-            block(tag, 2, here, stop, after, x + t * x_stride, x_stride, inputs, to + t * out_stride, out_stride)
-        elif t < tokens:
-            block(tag, 1, here, stop, after, x + t * x_stride, x_stride, inputs, to + t * out_stride, out_stride)
+        here, seen, to, left = w + row * size, x, out + 4 * (row - first), tokens
+        while left >= 6:
+            block(tag, 6, here, stop, after, seen, x_stride, k, to, out_stride)
+            seen, to, left = seen + 6 * x_stride, to + 6 * out_stride, left - 6
+        if left == 5:
+            block(tag, 5, here, stop, after, seen, x_stride, k, to, out_stride)
+        elif left == 4:
+            block(tag, 4, here, stop, after, seen, x_stride, k, to, out_stride)
+        elif left == 3:
+            block(tag, 3, here, stop, after, seen, x_stride, k, to, out_stride)
+        elif left == 2:
+            block(tag, 2, here, stop, after, seen, x_stride, k, to, out_stride)
+        elif left == 1:
+            block(tag, 1, here, stop, after, seen, x_stride, k, to, out_stride)

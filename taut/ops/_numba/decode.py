@@ -147,31 +147,21 @@ def chunk(q, group, d, k, k_stride, v, v_stride, dv, keys, first, last, cap, ali
         return
     stride, weights, sums = 4 * scores.shape[1], scores.ctypes.data, out.ctypes.data
     k_at, v_at, stop = k + first * k_stride, v + first * v_stride, k + keys * k_stride
-    far = count - following(k_tag, count, k_stride)
-    score(q, arranged, group, d, k_at, k_stride, far, stop, weights, stride, k_at + (count - far) * k_stride, k_tag)
-    score(
-        q,
-        arranged,
-        group,
-        d,
-        k_at + far * k_stride,
-        k_stride,
-        count - far,
-        stop,
-        weights + 4 * far,
-        stride,
-        soon,
-        k_tag,
-    )
+    near = following(k_tag, count, k_stride)
+    far = count - near
+    score(q, arranged, group, d, k_at, k_stride, far, stop, weights, stride, k_at + near * k_stride, k_tag)
+    k_at += far * k_stride
+    score(q, arranged, group, d, k_at, k_stride, near, stop, weights + 4 * far, stride, soon, k_tag)
     slopes = array(alibi, head + group, np.float32(0))
     for h in range(group):
         slope = slopes[head + h] if alibi else nb.float32(0)
         marks = mask + h * mask_stride + first * size if mask else 0
         adjust(scores[h, :count], keys - 1 - first, cap, slope, marks, additive, mask_tag)
         peaks[h], totals[h] = weigh(scores[h, :count])
-    far = count - following(k_tag, count, v_stride)
-    add_rows(weights, stride, group, v_at, v_stride, dv, far, sums, v_at + (count - far) * v_stride, k_tag)
-    add_rows(weights + 4 * far, stride, group, v_at + far * v_stride, v_stride, dv, count - far, sums, after, k_tag)
+    near = following(k_tag, count, v_stride)
+    far = count - near
+    add_rows(weights, stride, group, v_at, v_stride, dv, far, sums, v_at + near * v_stride, k_tag)
+    add_rows(weights + 4 * far, stride, group, v_at + far * v_stride, v_stride, dv, near, sums, after, k_tag)
 
 
 @njit(**JIT)

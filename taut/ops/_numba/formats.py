@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from taut.ops._numba.abreast import abreast
+from taut.ops._numba.abreast import abreast, whole
 from taut.ops._numba.nibbles import grouped
 from taut.ops._numba.rows import ROWS, dense
 from taut.ops._numba.scalar import JIT, array, span
-from taut.ops._weights import INPUTS
 
 FLOAT32, BFLOAT16, FLOAT16 = range(3)
 FLOAT32_ABREAST, BFLOAT16_ABREAST, FLOAT16_ABREAST = range(3, 6)
@@ -72,7 +71,7 @@ def share_of(n, part, parts, tile=ROWS):
 def place_of(form, w, k, row):
     """Where a row of a weight of k inputs begins, or the rows abreast from it on."""
     if is_abreast(form):
-        k = (k + INPUTS - 1) // INPUTS * INPUTS
+        k = whole(k)
     size = k // 2
     if form in (FLOAT32, FLOAT32_ABREAST):
         size = 4 * k

@@ -83,15 +83,9 @@ def begin(x, rows, size, part, parts):
 
 
 @njit(**JIT)
-def later(row, size, last):
-    """Where the row to ask for meanwhile begins, in bytes: SOON or a whole row on, and none beyond the last."""
-    return min(row * size + max(size, SOON), (last - 1) * size)
-
-
-@njit(**JIT)
-def soon(row, size, last):
-    """The same, but the start of a long row only: the processor itself follows float32 that is read in order."""
-    return min(row * size + SOON, (last - 1) * size)
+def later(row, size, last, far):
+    """Where to ask for memory meanwhile, in bytes: `far` beyond the row's start, but not beyond the last row's."""
+    return min(row * size + far, (last - 1) * size)
 
 
 @njit(**JIT)
@@ -109,7 +103,8 @@ def rms_part(part, parts, x, gain, y, rows, d, eps, tag, gain_tag):
     size = d * source.itemsize
     first, last = begin(x, rows, size, part, parts)
     for row in range(first, last):
-        alpha, at_row, ahead = inverse_rms(source[row], d, eps), x + row * size, x + later(row, size, last)
+        at_row, ahead = x + row * size, x + later(row, size, last, max(size, SOON))
+        alpha = inverse_rms(source[row], d, eps)
         moved(at_row, gain, 0, y + row * size, d, none, alpha, ahead, tag, gain_tag, gain_tag)
 
 
@@ -130,7 +125,7 @@ def add_rms_part(part, parts, x, residual, gain, y, total, rows, d, eps, tag, ga
         a, b, c = xs[row], rs[row], sums[row]
         for i in range(d):
             c[i] = down(up(a[i]) + up(b[i]), tag)
-        ahead = x + later(row, size, last)
+        ahead = x + later(row, size, last, max(size, SOON))
         moved(
             total + row * size, gain, 0, y + row * size, d, none, inverse_rms(c, d, eps), ahead, tag, gain_tag, gain_tag
         )
@@ -180,11 +175,12 @@ def moments(a, d):
 def layer_part(part, parts, x, gain, bias, y, rows, d, eps, tag, gain_tag, bias_tag):
     source = array(x, (rows, d), tag)
     size = d * source.itemsize
+    far = SOON if source.itemsize == 4 else max(size, SOON)  # the processor itself follows float32 read in order
     first, last = begin(x, rows, size, part, parts)
     for row in range(first, last):
         mean, variance = moments(source[row], d)
         alpha = nb.float32(1) / math.sqrt(variance + nb.float32(eps))
-        ahead = x + (soon(row, size, last) if source.itemsize == 4 else later(row, size, last))
+        ahead = x + later(row, size, last, far)
         moved(x + row * size, gain, bias, y + row * size, d, mean, alpha, ahead, tag, gain_tag, bias_tag)
 
 
