@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from taut.ops._numba.abreast import whole
 from taut.ops._numba.formats import (
     BFLOAT16,
     BFLOAT16_ABREAST,
@@ -22,7 +23,6 @@ from taut.ops._numba.formats import (
     INT8,
 )
 from taut.ops._numba.products import ACTS
-from taut.ops._weights import INPUTS
 from taut.runtime._numba import table
 from taut.runtime._numba.dense import BLOCK, padded_to
 from taut.runtime._numba.place import MOST_CHUNKS, most_keys_a_chunk
@@ -212,7 +212,9 @@ class Packer:
         keys = most_keys_a_chunk(longest)
         self._room((step.heads + 1) * step.d + group * (keys + 2 + step.dv + step.d))
         reads = {self.places[view.buffer] for view in (step.q, step.k, step.v) if view is not None}
-        yield Record({"code": table.TURN} | index, reads, {"turned", cache} if step.k is not None else {"turned"})
+        # One row goes on to attend without a wait, so what attending touches is waited for before it is turned.
+        writes = {"turned", "sums", cache} if step.k is not None else {"turned", "sums"}
+        yield Record({"code": table.TURN} | index, reads | {cache}, writes)
         yield Record({"code": table.ATTEND} | index, {"turned", cache}, {"sums"})
         yield Record({"code": table.MERGE} | index | self.output(step), {"sums"}, {self.places[step.out]})
 
@@ -279,7 +281,7 @@ class Packer:
         data, scale = self.keep(weight.data), weight.scale
         if data.ndim == 3:
             form = FORMATS_ABREAST.get(data.dtype)
-            fits = data.shape[1] * (2 if form == BFLOAT16_ABREAST else 1) == k + -k % INPUTS
+            fits = data.shape[1] * (2 if form == BFLOAT16_ABREAST else 1) == whole(k)
         elif scale is None:
             form, fits = FORMATS.get(data.dtype), data.shape[-1] == k
         elif data.dtype == torch.int8:

@@ -11,6 +11,7 @@ from torch import Tensor
 from taut.checkpoint import BadInput
 from taut.huge_pages import collapse_meanwhile
 from taut.ops._weights import abreast, quantize
+from taut.runtime._numba.table import TURN
 from taut.runtime.placed import gathered, matrices
 from taut.runtime.plain import PlainRunner
 from taut.runtime.runner import Runner
@@ -151,6 +152,19 @@ def attending(heads: int, kv_heads: int, d: int, dv: int, rotated: int = 0, **op
     return program(steps, widths, ((kv_heads, d, dv),))
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_attention_waits_for_the_merge_of_one_before_it(rows: int):
+    """Both use the same room for their chunks, and one row goes from turning to attention without a wait."""
+    made = attending(6, 2, 16, 16, 16)
+    one, other = made.steps[2], made.steps[4]
+    assert isinstance(one, Attend)
+    assert isinstance(other, Attend)
+    made = dataclasses.replace(made, steps=(*made.steps[:3], dataclasses.replace(other, q=one.q), *made.steps[5:]))
+    agree(made, rows, at=70)
+    steps = Runner(made, rows).packed.steps
+    assert [bool(wait) for code, wait in zip(steps["code"], steps["wait"], strict=True) if code == TURN] == [True, True]
+
+
 @pytest.mark.parametrize("rows", [1, 2, 3, 5])
 @pytest.mark.parametrize("sizes", [(6, 2, 16, 16, 16), (5, 1, 24, 17, 8), (4, 4, 64, 80, 0), (3, 3, 7, 5, 6)])
 def test_attention(rows: int, sizes: tuple[int, ...]):
@@ -225,6 +239,7 @@ def test_weights_are_gathered_once_in_the_order_of_reading(monkeypatch: pytest.M
 @pytest.mark.parametrize(("outputs", "inputs"), [(16, 4), (33, 7), (1, 1), (48, 6)])
 def test_rows_abreast(outputs: int, inputs: int, dtype: torch.dtype):
     given = torch.randn(outputs + 1, inputs).to(dtype)[1:]
+    assert (abreast(given).data_ptr() == given.data_ptr()) == (outputs % 16 == inputs % 4 == 0)
     for source in (given, given.T.contiguous().T):
         found = abreast(source).contiguous().view(dtype).view(-1, 16, 2 if dtype == torch.bfloat16 else 1)
         found = found.view(-(-outputs // 16), -1, 16, found.shape[-1]).transpose(2, 3).flatten(1, 2)

@@ -82,7 +82,8 @@ def play(part, parts, steps, attends, first, last, rows, tokens, positions, slot
         a = attends[p.attend]
         if p.code == TURN:  # the keys and values of earlier tokens stand there already
             attend_early(a, rows, positions, slots, part, parts)
-        if p.wait and parts > 1 and not (p.code == ATTEND and rows == 1):
+        own = rows == 1 and p.code == ATTEND  # of one row a thread attends by what it turned itself
+        if p.wait and parts > 1 and not own:
             waits += 1
             wait_for(counter, waits * parts, beginning(steps[p.soon], part, parts) + AHEAD)
         if p.code == LINEAR:
