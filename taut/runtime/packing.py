@@ -21,6 +21,7 @@ from taut.ops._numba.formats import (
     INT4_FLOAT,
     INT4_HALF,
     INT8,
+    INT8_ABREAST,
 )
 from taut.ops._numba.products import ACTS
 from taut.runtime._numba import table
@@ -42,7 +43,8 @@ from taut.runtime.steps import (
 )
 
 FORMATS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
-FORMATS_ABREAST = {torch.float32: FLOAT32_ABREAST, torch.int32: BFLOAT16_ABREAST, torch.float16: FLOAT16_ABREAST}
+FORMATS_ABREAST = {torch.float32: FLOAT32_ABREAST, torch.int32: BFLOAT16_ABREAST}
+FORMATS_ABREAST |= {torch.float16: FLOAT16_ABREAST, torch.int8: INT8_ABREAST}
 LANES = 16
 Fields = dict[str, Any]
 
@@ -279,13 +281,15 @@ class Packer:
     def weight(self, weight: Weight, k: int, suffix: str = "") -> Fields:
         """Format and addresses of a weight of k inputs. Raises ValueError for a format the interpreter lacks."""
         data, scale = self.keep(weight.data), weight.scale
+        if scale is not None and data.dtype == torch.int8:
+            scale = self.keep(scale.flatten(), torch.float32)
         if data.ndim == 3:
             form = FORMATS_ABREAST.get(data.dtype)
             fits = data.shape[1] * (2 if form == BFLOAT16_ABREAST else 1) == whole(k)
         elif scale is None:
             form, fits = FORMATS.get(data.dtype), data.shape[-1] == k
         elif data.dtype == torch.int8:
-            form, fits, scale = INT8, data.shape[-1] == k, self.keep(scale.flatten(), torch.float32)
+            form, fits = INT8, data.shape[-1] == k
         else:
             form, fits = INT4_HALF if scale.dtype == torch.float16 else INT4_FLOAT, data.shape[-1] * 2 == k
             scale = self.keep(scale, None if form == INT4_HALF else torch.float32)

@@ -14,7 +14,7 @@ from torch import Tensor
 from taut.checkpoint.errors import BadInput
 from taut.huge_pages import side_by_side
 from taut.op import nbytes
-from taut.ops._weights import abreast
+from taut.ops._weights import abreast, lies_abreast
 from taut.runtime.steps import Embed, Glu, Linear, Program, Weight
 
 ON_CPU = 'take device="cpu"'
@@ -92,12 +92,12 @@ def placed(program: Program, device: torch.device) -> Program:
 def gathered(program: Program, caches: int) -> Program:
     """The program with copies of what it multiplies by, one behind the other on large pages in the order of reading.
 
-    Floating point weights lie with 16 rows abreast. The program itself where the copies would take more than half of
-    the memory that is free beside the caches (bytes).
+    They lie with 16 rows abreast where that is read faster. The program itself where the copies would take more than
+    half of the memory that is free beside the caches (bytes).
     """
     laid: dict[tuple, Tensor] = {}
     for weight in matrices(program, False):
-        laid[_place(weight.data)] = abreast(weight.data) if weight.scale is None else weight.data
+        laid[_place(weight.data)] = abreast(weight.data) if lies_abreast(weight.data.dtype) else weight.data
         if weight.scale is not None:
             laid[_place(weight.scale)] = weight.scale
     free = free_memory()

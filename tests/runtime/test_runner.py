@@ -235,10 +235,10 @@ def test_weights_are_gathered_once_in_the_order_of_reading(monkeypatch: pytest.M
     assert gathered(made, 1) is made
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
 @pytest.mark.parametrize(("outputs", "inputs"), [(16, 4), (33, 7), (1, 1), (48, 6)])
 def test_rows_abreast(outputs: int, inputs: int, dtype: torch.dtype):
-    given = torch.randn(outputs + 1, inputs).to(dtype)[1:]
+    given = torch.randn(outputs + 1, inputs).mul(9).to(dtype)[1:]
     assert (abreast(given).data_ptr() == given.data_ptr()) == (outputs % 16 == inputs % 4 == 0)
     for source in (given, given.T.contiguous().T):
         found = abreast(source).contiguous().view(dtype).view(-1, 16, 2 if dtype == torch.bfloat16 else 1)

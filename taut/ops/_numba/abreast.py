@@ -7,18 +7,21 @@ the processor follows the one stream of addresses as fast as it reads. `ops/_wei
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import njit, types
 
 from taut.ops._numba.caches import even_and_odd
 from taut.ops._numba.rows import LINE, further, of_a_pair, prefetch, tree
-from taut.ops._numba.scalar import FLOAT, JIT, array, intrinsic, splat
+from taut.ops._numba.scalar import FLOAT, JIT, array, intrinsic
 from taut.ops._numba.simd import (
     BITS,
     FUSE,
     LANES,
+    ROOMY,
     WORD,
     at,
     broadcast,
@@ -26,78 +29,75 @@ from taut.ops._numba.simd import (
     multiply_add,
     rolled,
     store,
-    upto,
     zeros,
 )
 from taut.ops._weights import INPUTS
 
 HALF = LANES // 2
-"""Lanes where next to nothing but reading is done: processors follow loads of half a line faster than of whole ones."""
-SPAN = 64
-"""Rounds after which sums are added to a total: a long sum loses digits."""
-FEW = 3
-"""Tokens for which every second line is asked for: who multiplies by more reads on too late to be given the rest."""
+"""Lanes where a register holds no more."""
+STREAMS = 4
+"""Blocks that are read side by side: the hardware follows several streams, each a little way ahead, where requests of
+our own would be in their way. With many registers several tokens read one stream and ask far ahead of it: they compute
+for too long to keep several going."""
+SPAN, CHAINS = (64, 4) if ROOMY else (8, 1)
+"""Rounds after which sums are added to a total, since a long sum loses digits and other streams wait, and sums of a
+product."""
+TOKENS, FEW = 6, 3
+"""Tokens at a time, and those for which every second line is asked for: who multiplies by more reads on too late to be
+given the rest."""
 
 
 @intrinsic(prefer_literal=True)
-def block(_typing, tag, tokens, w, stop, after, x, x_stride, k, out, out_stride):
-    """out[t, j] = (row j of sixteen at w) . x[t] for a constant number of `tokens`; k is a multiple of INPUTS.
+def turn(_typing, tag, blocks, tokens, w, w_stride, stop, after, x, x_stride, rounds, out, out_stride):
+    """out[t, 16 b + j] += (row j of block b) . x[t] for a constant number of blocks and `tokens`, and so many rounds.
 
-    x is float32. A round takes INPUTS numbers of it, each of which has sums of its own. Asks meanwhile for the memory
-    that follows, as `tile` of rows.py.
+    Blocks are `w_stride` bytes apart; x is float32. A round takes INPUTS numbers of it. Asks meanwhile for the memory
+    that follows, as `tile` of rows.py, where that serves.
     """
-    many, kind = tokens.literal_value, types.unliteral(tag)
+    wide, many, kind = blocks.literal_value, tokens.literal_value, types.unliteral(tag)
     number = BITS[kind] // 8
-    lanes = HALF if many == 1 and kind == types.float32 else LANES
-    parts = range(0, LANES, lanes)
+    lanes = LANES if ROOMY else HALF
+    parts = list(product(range(wide), range(0, LANES, lanes)))
 
-    def inputs_at(builder: Any, place: Any) -> list[list[Any]]:
-        """The values of each input of a round, in vectors of `lanes` rows."""
+    def inputs_at(builder: Any, place: Any) -> list[Any]:
+        """Each input of a round, of `lanes` rows."""
         places = [at(builder, place, (n, LANES * number)) for n in range(INPUTS)]
         if kind == types.uint16:
-            return [[value] for pair in places[::2] for value in even_and_odd(builder, pair)]
-        return [[load(builder, at(builder, one, (part, number)), kind, lanes) for part in parts] for one in places]
+            return [value for pair in places[::2] for value in even_and_odd(builder, pair, lanes)]
+        return [load(builder, one, kind, lanes) for one in places]
 
     def generate(context, builder, _signature, args):
-        _, _, w, stop, after, x, x_stride, k, out, out_stride = args
+        _, _, _, w, w_stride, stop, after, x, x_stride, rounds, out, out_stride = args
         vector, size = ir.VectorType(FLOAT, lanes), INPUTS * LANES * number
-        sums = [[zeros(builder, vector, len(parts)) for _ in range(INPUTS)] for _ in range(many)]
-        totals = [zeros(builder, vector, len(parts)) for _ in range(many)]
+        sums = [[zeros(builder, vector, CHAINS) for _ in parts] for _ in range(many)]
+        step = number if kind != types.uint16 else 2 * number
+        begin = [at(builder, w, (b, w_stride), (part, step)) for b, part in parts]
         tokens_at = [at(builder, x, (t, x_stride)) for t in range(many)]
-        ahead, rounds = further(builder, w, stop, after), builder.sdiv(k, ir.Constant(WORD, INPUTS))
-
-        def add(turn: Any) -> None:
-            soon = of_a_pair(builder, at(builder, ahead, (turn, size)))
-            prefetch(builder, soon, size // LINE, every=2 if many <= FEW else 1)
-            found = inputs_at(builder, at(builder, w, (turn, size)))
-            for place, chains in zip(tokens_at, sums, strict=True):
-                for n, (values, into) in enumerate(zip(found, chains, strict=True)):
-                    one = load(builder, at(builder, place, (turn, 4 * INPUTS), (n, 4)), types.float32, 1)
-                    for value, total in zip(values, into, strict=True):
-                        multiply_add(builder, total, value, broadcast(builder, one, lanes))
-
-        def collect() -> None:
-            for chains, into in zip(sums, totals, strict=True):
-                for part, total in zip(zip(*chains, strict=True), into, strict=True):
-                    found = tree(builder, [builder.load(chain) for chain in part])
-                    builder.store(builder.fadd(builder.load(total), found, flags=FUSE), total)
-                    for chain in part:
-                        builder.store(splat(vector, 0.0), chain)
-
-        span = ir.Constant(WORD, SPAN)
-        with upto(builder, ir.Constant(WORD, 0), builder.sdiv(at(builder, rounds, (SPAN - 1, 1)), span)) as loop:
-            first = builder.mul(loop.index, span)
-            last = at(builder, first, (SPAN, 1))
-            last = builder.select(builder.icmp_signed("<", last, rounds), last, rounds)
-            with rolled(builder, first, last) as turn:
-                add(turn)
-            collect()
-        for t, into in enumerate(totals):
-            for part, total in zip(parts, into, strict=True):
-                store(builder, builder.load(total), at(builder, out, (t, out_stride), (part, 4)))
+        ahead = further(builder, w, stop, after)
+        with rolled(builder, ir.Constant(WORD, 0), rounds) as index:
+            if ROOMY and many > 1:
+                soon = of_a_pair(builder, at(builder, ahead, (index, size)))
+                prefetch(builder, soon, size // LINE, every=2 if many <= FEW else 1)
+            found = [inputs_at(builder, at(builder, place, (index, size))) for place in begin]
+            for n, values in enumerate(zip(*found, strict=True)):
+                for place, into in zip(tokens_at, sums, strict=True):
+                    one = load(builder, at(builder, place, (index, 4 * INPUTS), (n, 4)), types.float32, 1)
+                    for value, chains in zip(values, into, strict=True):
+                        multiply_add(builder, chains[n % CHAINS], value, broadcast(builder, one, lanes))
+        for t, into in enumerate(sums):
+            for (b, part), chains in zip(parts, into, strict=True):
+                place = at(builder, out, (t, out_stride), (b * LANES + part, 4))
+                sum_ = tree(builder, [builder.load(chain) for chain in chains])
+                store(builder, builder.fadd(load(builder, place, types.float32, lanes), sum_, flags=FUSE), place)
         return context.get_dummy_value()
 
-    return types.void(tag, tokens, *[types.int64] * 8), generate
+    return types.void(tag, blocks, tokens, *[types.int64] * 9), generate
+
+
+@njit(**JIT)
+def asks_ahead(tokens):
+    """Whether a product of so many tokens reads one stream and asks for what follows, rather than several streams."""
+    return ROOMY and tokens > 1
 
 
 @njit(**JIT)
@@ -109,21 +109,47 @@ def whole(k):
 @njit(**JIT)
 def abreast(w, x, x_stride, tokens, k, first, last, out, out_stride, after, tag):
     """`products` for rows from a multiple of sixteen on; writes whole blocks of them."""
-    k = whole(k)
-    size = k * array(w, 1, tag).itemsize
-    stop = w + (last + LANES - 1) // LANES * LANES * size
-    for row in range(first, last, LANES):
-        here, seen, to, left = w + row * size, x, out + 4 * (row - first), tokens
-        while left >= 6:
-            block(tag, 6, here, stop, after, seen, x_stride, k, to, out_stride)
-            seen, to, left = seen + 6 * x_stride, to + 6 * out_stride, left - 6
-        if left == 5:
-            block(tag, 5, here, stop, after, seen, x_stride, k, to, out_stride)
-        elif left == 4:
-            block(tag, 4, here, stop, after, seen, x_stride, k, to, out_stride)
-        elif left == 3:
-            block(tag, 3, here, stop, after, seen, x_stride, k, to, out_stride)
-        elif left == 2:
-            block(tag, 2, here, stop, after, seen, x_stride, k, to, out_stride)
-        elif left == 1:
-            block(tag, 1, here, stop, after, seen, x_stride, k, to, out_stride)
+    rounds, blocks = whole(k) // INPUTS, (last - first + LANES - 1) // LANES
+    size = INPUTS * LANES * array(w, 1, tag).itemsize
+    begin = w + first // LANES * rounds * size
+    stop = begin + blocks * rounds * size
+    for t in range(tokens):
+        array(out + t * out_stride, blocks * LANES, np.float32(0))[:] = 0
+    streams = 1 if asks_ahead(tokens) else STREAMS
+    for low in range(0, blocks, streams):
+        high = min(low + streams, blocks)
+        for start in range(0, rounds, SPAN):
+            here, seen = begin + (low * rounds + start) * size, x + start * 4 * INPUTS
+            turns(here, rounds * size, high - low, stop, after, seen, x_stride, tokens, min(SPAN, rounds - start),
+                  out + low * 4 * LANES, out_stride, tag)  # fmt: skip
+
+
+@njit(**JIT)
+def turns(w, w_stride, blocks, stop, after, x, x_stride, tokens, rounds, out, out_stride, tag):
+    """`turn` for up to STREAMS blocks and any number of tokens."""
+    if tokens == 1 and blocks == STREAMS:
+        return turn(tag, STREAMS, 1, w, w_stride, stop, after, x, x_stride, rounds, out, out_stride)
+    while tokens == 2 and blocks >= 2:
+        turn(tag, 2, 2, w, w_stride, stop, after, x, x_stride, rounds, out, out_stride)
+        w, out, blocks = w + 2 * w_stride, out + 8 * LANES, blocks - 2
+    for b in range(blocks):
+        to = out + b * 4 * LANES
+        block_turns(w + b * w_stride, w_stride, stop, after, x, x_stride, tokens, rounds, to, out_stride, tag)
+
+
+@njit(**JIT)
+def block_turns(w, w_stride, stop, after, x, x_stride, tokens, rounds, out, out_stride, tag):
+    """`turn` of one block for any number of tokens."""
+    while tokens >= TOKENS:
+        turn(tag, 1, TOKENS, w, w_stride, stop, after, x, x_stride, rounds, out, out_stride)
+        x, out, tokens = x + TOKENS * x_stride, out + TOKENS * out_stride, tokens - TOKENS
+    if tokens == 5:
+        turn(tag, 1, 5, w, w_stride, stop, after, x, x_stride, rounds, out, out_stride)
+    elif tokens == 4:
+        turn(tag, 1, 4, w, w_stride, stop, after, x, x_stride, rounds, out, out_stride)
+    elif tokens == 3:
+        turn(tag, 1, 3, w, w_stride, stop, after, x, x_stride, rounds, out, out_stride)
+    elif tokens == 2:
+        turn(tag, 1, 2, w, w_stride, stop, after, x, x_stride, rounds, out, out_stride)
+    elif tokens == 1:
+        turn(tag, 1, 1, w, w_stride, stop, after, x, x_stride, rounds, out, out_stride)

@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import types
 
 from taut.ops._numba.rows import LINE, indices, prefetch, walk
-from taut.ops._numba.scalar import INT32, intrinsic, splat
+from taut.ops._numba.scalar import FLOAT, INT32, intrinsic, splat
 from taut.ops._numba.simd import (
     BITS,
     FUSE,
@@ -45,12 +45,12 @@ def asks_evenly(_typing, tag):
     return types.boolean(tag), generate
 
 
-def even_and_odd(builder: Any, place: Any) -> list[Any]:
-    """The even and the odd ones of 32 bfloat16, as float32: two instructions instead of four."""
-    words = ir.VectorType(INT32, LANES)
+def even_and_odd(builder: Any, place: Any, lanes: int = LANES) -> list[Any]:
+    """The even and the odd ones of twice `lanes` bfloat16, as float32: two instructions instead of four."""
+    words = ir.VectorType(INT32, lanes)
     both = builder.load(builder.inttoptr(place, words.as_pointer()), align=2)
     even, odd = builder.shl(both, splat(words, 16)), builder.and_(both, splat(words, -65536))
-    return [builder.bitcast(part, VECTOR) for part in (even, odd)]
+    return [builder.bitcast(part, ir.VectorType(FLOAT, lanes)) for part in (even, odd)]
 
 
 def loaded(builder: Any, place: Any, tag: types.Type, paired: bool) -> list[Any]:

@@ -11,10 +11,10 @@ from taut.ops._numba.rows import ROWS, dense
 from taut.ops._numba.scalar import JIT, array, span
 
 FLOAT32, BFLOAT16, FLOAT16 = range(3)
-FLOAT32_ABREAST, BFLOAT16_ABREAST, FLOAT16_ABREAST = range(3, 6)
-INT8, INT4_HALF, INT4_FLOAT = range(6, 9)
-"""Formats of a weight: three floating ones, the same with sixteen rows abreast, int8 with a float32 scale a row, int4
-with a scale a group of 32."""
+FLOAT32_ABREAST, BFLOAT16_ABREAST, FLOAT16_ABREAST, INT8_ABREAST = range(3, 7)
+INT8, INT4_HALF, INT4_FLOAT = range(7, 10)
+"""Formats of a weight: three floating ones, the same and int8 with sixteen rows abreast, int8 with a float32 scale a
+row, int4 with a scale a group of 32."""
 
 
 @njit(**JIT)
@@ -46,6 +46,9 @@ def products(form, w, s, x, x_stride, tokens, k, first, last, out, out_stride, a
         abreast(w, x, x_stride, tokens, k, first, last, out, out_stride, after, np.uint16(0))
     elif form == FLOAT16_ABREAST:
         abreast(w, x, x_stride, tokens, k, first, last, out, out_stride, after, np.int16(0))
+    elif form == INT8_ABREAST:
+        abreast(w, x, x_stride, tokens, k, first, last, out, out_stride, after, np.int8(0))
+        scale_rows(s, tokens, first, last, out, out_stride)
     elif form == INT8:
         dense(w, x, x_stride, tokens, k, first, last, out, out_stride, after, np.int8(0))
         scale_rows(s, tokens, first, last, out, out_stride)
@@ -57,7 +60,7 @@ def products(form, w, s, x, x_stride, tokens, k, first, last, out, out_stride, a
 
 @njit(**JIT)
 def is_abreast(form):
-    return FLOAT32_ABREAST <= form <= FLOAT16_ABREAST
+    return FLOAT32_ABREAST <= form <= INT8_ABREAST
 
 
 @njit(**JIT)
@@ -77,6 +80,6 @@ def place_of(form, w, k, row):
         size = 4 * k
     elif form in (BFLOAT16, FLOAT16, BFLOAT16_ABREAST, FLOAT16_ABREAST):
         size = 2 * k
-    elif form == INT8:
+    elif form in (INT8, INT8_ABREAST):
         size = k
     return w + row * size

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
 
@@ -16,6 +16,8 @@ LANES = 16
 VECTOR = ir.VectorType(FLOAT, LANES)
 WORD = ir.IntType(64)
 BITS = {types.float32: 32, types.uint16: 16, types.int16: 16, types.int8: 8, types.uint8: 8}
+ROOMY = bool(binding.get_host_cpu_features().get("avx512f"))
+"""Whether there are 32 registers of 16 lanes; elsewhere there is a quarter of that room."""
 FUSE = ("contract",)
 GROUP = 32
 

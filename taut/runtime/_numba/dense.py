@@ -8,10 +8,11 @@ import numba as nb
 import numpy as np
 from numba import njit
 
+from taut.ops._numba.abreast import asks_ahead
 from taut.ops._numba.formats import INT4_HALF, is_abreast, place_of, products, share_of
 from taut.ops._numba.nibbles import WIDE, arrange
 from taut.ops._numba.products import activate
-from taut.ops._numba.rows import ROWS
+from taut.ops._numba.rows import AHEAD, ROWS
 from taut.ops._numba.scalar import JIT, array, span, tanh
 from taut.ops._numba.simd import LANES
 from taut.runtime._numba.table import CENTRED, PLAIN
@@ -143,6 +144,13 @@ def rows_of(p, part, parts):
 def beginning(p, part, parts):
     """Where a thread begins to read the weight of a step."""
     return place_of(p.form, p.w, p.k, rows_of(p, part, parts)[0])
+
+
+@njit(**JIT)
+def unasked(p, rows, part, parts):
+    """Where the weight of a step begins that a thread will read and has not asked for yet."""
+    asked = not is_abreast(p.form) or asks_ahead(rows)
+    return beginning(p, part, parts) + (AHEAD if asked else 0)
 
 
 @njit(**JIT)

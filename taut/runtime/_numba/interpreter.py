@@ -9,9 +9,9 @@ from numba import njit, types
 from numba.core import cgutils
 
 from taut.ops._numba.parallel import together
-from taut.ops._numba.rows import AHEAD, fetch
+from taut.ops._numba.rows import fetch
 from taut.ops._numba.scalar import JIT, intrinsic
-from taut.runtime._numba.dense import beginning, combine, glu, linear, normalize
+from taut.runtime._numba.dense import beginning, combine, glu, linear, normalize, unasked
 from taut.runtime._numba.place import attend, attend_early, embed, merge_chunks, turn, turn_own
 from taut.runtime._numba.table import ATTEND, COMBINE, EMBED, GLU, LINEAR, MERGE, NORMALIZE, TURN
 
@@ -85,7 +85,7 @@ def play(part, parts, steps, attends, first, last, rows, tokens, positions, slot
         own = rows == 1 and p.code == ATTEND  # of one row a thread attends by what it turned itself
         if p.wait and parts > 1 and not own:
             waits += 1
-            wait_for(counter, waits * parts, beginning(steps[p.soon], part, parts) + AHEAD)
+            wait_for(counter, waits * parts, unasked(steps[p.soon], rows, part, parts))
         if p.code == LINEAR:
             linear(p, rows, mine, part, parts, beginning(steps[p.next], part, parts))
         elif p.code == GLU:
