@@ -25,7 +25,7 @@ from taut.ops._numba.formats import (
 )
 from taut.ops._numba.products import ACTS
 from taut.runtime._numba import table
-from taut.runtime._numba.dense import BLOCK, padded_to
+from taut.runtime._numba.dense import BLOCK, room_for
 from taut.runtime._numba.place import MOST_CHUNKS, most_keys_a_chunk
 from taut.runtime.steps import (
     Attend,
@@ -191,7 +191,7 @@ class Packer:
         fields = {"code": table.LINEAR, "n": self.program.widths[step.out], "bias": self.vector(step.bias)}
         fields |= self.weight(step.weight, k) | self.input(step.x) | self.norm(step.norm) | self.output(step)
         fields |= {"act": ACTS.index(step.activation or "identity"), "scale": step.scale, "cap": step.softcap or 0.0}
-        self._room((2 * padded_to(k) + LANES + BLOCK) * self.max_batch)
+        self._room((room_for(k) + BLOCK) * self.max_batch)
         return self.record(step, fields | self.view("residual", step.residual))
 
     def _glu(self, step: Glu) -> Record:
@@ -199,7 +199,7 @@ class Packer:
         fields = {"code": table.GLU, "n": self.program.widths[step.out], "act": ACTS.index(step.activation)}
         fields |= self.weight(step.gate, k) | self.weight(step.up, k, "2") | self.input(step.x) | self.norm(step.norm)
         fields |= {"bias": self.vector(step.gate_bias), "bias2": self.vector(step.up_bias)}
-        self._room((2 * padded_to(k) + LANES + 2 * BLOCK) * self.max_batch)
+        self._room((room_for(k) + 2 * BLOCK) * self.max_batch)
         return self.record(step, fields | self.output(step))
 
     def _combine(self, step: Combine) -> Record:

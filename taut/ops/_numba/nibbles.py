@@ -1,18 +1,32 @@
 """Products of a few tokens with the rows of a weight in int4: 16 bytes and a scale for every group of 32 inputs.
 
-Where the processor multiplies bytes, four products an instruction (AVX-512 VNNI), the inputs become numbers of 24 bits,
-relative to the greatest of their group, in three planes of a byte: sums of codes times planes are exact, and an input
-loses what float32 loses of the greatest. Elsewhere the nibbles are taken in turn and multiplied as floats.
+Where the processor multiplies bytes, the inputs become planes of them (planes.py): four products an instruction are
+added here (AVX-512 VNNI), two in pairs.py (AVX2). Elsewhere the nibbles are taken in turn and multiplied as floats.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 
+from taut.ops._numba.pairs import tiles_pairs
+from taut.ops._numba.planes import (
+    COPIES,
+    HALVES,
+    INTEGER,
+    PAIRS,
+    PLANES,
+    QUAD,
+    SCALES_AT,
+    SUMS_AT,
+    VNNI,
+    WIDE,
+    WORDS,
+    put_planes,
+)
 from taut.ops._numba.rows import (
     CHAINS,
     ROWS,
@@ -26,7 +40,7 @@ from taut.ops._numba.rows import (
     tree,
     walk,
 )
-from taut.ops._numba.scalar import EXACT, FLOAT, INT32, JIT, array, intrinsic, splat, widen
+from taut.ops._numba.scalar import INT32, JIT, array, intrinsic, splat, widen
 from taut.ops._numba.simd import (
     BITS,
     FUSE,
@@ -35,27 +49,12 @@ from taut.ops._numba.simd import (
     VECTOR,
     WORD,
     at,
-    broadcast,
     load,
     multiply_add,
     store,
     upto,
     zeros,
 )
-
-QUAD, WIDE = 4, 128
-"""Groups that fill a vector, and the inputs in them."""
-PLANES, HALVES = 3, 2
-"""Bytes of an input, the highest first; halves of a byte of codes, which hold inputs i and 16 + i of a group."""
-LARGEST, LEAST = 0x7F7F00, 1e-30
-"""What a group's greatest input becomes, a little below the largest number of three signed bytes, since it is rounded;
-and what it is taken for at the least."""
-SUMS_AT, SCALES_AT = PLANES * HALVES * 64, PLANES * HALVES * 64 + 64
-"""Where, behind the planes of 128 inputs, lie the sums to be taken off each lane, and its scale."""
-
-WORDS, BYTES = ir.VectorType(INT32, LANES), ir.VectorType(ir.IntType(8), LANES)
-INTEGER = bool(binding.get_host_cpu_features().get("avx512vnni"))
-"""Whether one instruction adds four products of bytes to each of 16 words."""
 
 
 def decoded(builder: Any, words: Any) -> Any:
@@ -113,7 +112,7 @@ def int4_products(
     """For every row and token a vector whose lanes add up to their product; four groups fill a vector."""
     size, kind = BITS[tag] // 8, stored_type(tag)
     sums = [zeros(builder, VECTOR, len(inputs)) for _ in rows]
-    blocks = integer_blocks if INTEGER else float_blocks
+    blocks = integer_blocks if VNNI else float_blocks
 
     def read(place: Any, kind: ir.Type, lanes: int, count: Any | None) -> Any:
         if count is not None:
@@ -149,62 +148,15 @@ def put_turned(builder: Any, x: Any, to: Any) -> None:
             store(builder, pick(low, high, range(LANES)), at(builder, to, (2 * b + h, 4 * LANES)))
 
 
-def greatest(builder: Any, vectors: list[Any]) -> Any:
-    """The greatest size in the vectors, as a float; NaN where there is one."""
-    bits = [builder.and_(builder.bitcast(v, WORDS), splat(WORDS, 0x7FFFFFFF)) for v in vectors]
-    larger = builder.select(builder.icmp_signed(">", *bits), *bits)
-    kind = ir.FunctionType(INT32, [WORDS])
-    reduce = cgutils.get_or_insert_function(builder.module, kind, "llvm.vector.reduce.umax.v16i32")
-    return builder.bitcast(builder.call(reduce, [larger]), FLOAT)
-
-
-def rounded(builder: Any, vector: Any) -> Any:
-    """Whole numbers, rounded to nearest; some number for NaN."""
-    short = ir.IntType(16)
-    kind = ir.FunctionType(WORDS, [VECTOR, WORDS, short, INT32])
-    convert = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.mask.cvtps2dq.512")
-    return builder.call(convert, [vector, splat(WORDS, 0), ir.Constant(short, -1), ir.Constant(INT32, 4)])
-
-
-def put_planes(builder: Any, x: Any, to: Any) -> None:
-    """128 inputs as planes of bytes, with the sums and the scales of their lanes behind."""
-    for g in range(QUAD):
-        place = at(builder, x, (g, 4 * GROUP))
-        values = [load(builder, at(builder, place, (h, 4 * LANES)), types.float32, LANES) for h in range(HALVES)]
-        top, least = greatest(builder, values), ir.Constant(FLOAT, LEAST)
-        top = builder.select(builder.fcmp_ordered("<", top, least, flags=EXACT), least, top)
-        inverse = broadcast(builder, builder.fdiv(ir.Constant(FLOAT, float(LARGEST)), top, flags=EXACT))
-        numbers = [rounded(builder, builder.fmul(v, inverse, flags=EXACT)) for v in values]
-        _put_sums(builder, numbers, at(builder, to, (1, SUMS_AT), (g, 16)))
-        scale = broadcast(builder, builder.fmul(top, ir.Constant(FLOAT, 1 / LARGEST), flags=EXACT))
-        four = builder.shuffle_vector(scale, scale, indices(*range(QUAD)))
-        store(builder, four, at(builder, to, (1, SCALES_AT), (g, 16)))
-        for p in reversed(range(PLANES)):
-            for h in range(HALVES):
-                store(builder, builder.trunc(numbers[h], BYTES), at(builder, to, (HALVES * p + h, 64), (g, 16)))
-            # A signed byte below is taken off, which carries into the next one.
-            numbers = [builder.ashr(builder.add(n, splat(WORDS, 128)), splat(WORDS, 8)) for n in numbers]
-
-
-def _put_sums(builder: Any, numbers: list[Any], place: Any) -> None:
-    """-8 times the sum of the numbers that each of four lanes multiplies with codes: the codes are biased by 8."""
-    total = builder.add(*numbers)
-    for by in (1, 2):
-        swapped = indices(*(n ^ by for n in range(LANES)))
-        total = builder.add(total, builder.shuffle_vector(total, total, swapped))
-    lanes = builder.shuffle_vector(total, total, indices(*range(0, LANES, QUAD)))
-    store(builder, builder.mul(lanes, splat(lanes.type, -8)), place)
-
-
 @intrinsic
 def arrange(_typing, x, to, count):
-    """to = `count` floats, a multiple of 128, as `grouped` reads them; in as much memory."""
+    """to = `count` floats, a multiple of WIDE, as `grouped` reads them; in COPIES times as much memory."""
 
     def generate(context, builder, _signature, args):
         x, to, count = args
         put = put_planes if INTEGER else put_turned
         with upto(builder, ir.Constant(WORD, 0), builder.sdiv(count, ir.Constant(WORD, WIDE))) as loop:
-            put(builder, at(builder, x, (loop.index, 4 * WIDE)), at(builder, to, (loop.index, 4 * WIDE)))
+            put(builder, at(builder, x, (loop.index, 4 * WIDE)), at(builder, to, (loop.index, 4 * COPIES * WIDE)))
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), generate
@@ -252,6 +204,9 @@ def tiles_int4(rows, w, w_stride, s, s_stride, stop, after, x, x_stride, tokens,
             tile_int4(tag, 1, 1, rows, w, w_stride, s, s_stride, stop, after, seen, x_stride, groups, to, out_stride)
 
 
+tiles = tiles_pairs if PAIRS else tiles_int4
+
+
 @njit(**JIT)
 def grouped(w, s, x, x_stride, tokens, k, first, last, out, out_stride, after, tag):
     groups = k // 32
@@ -259,4 +214,4 @@ def grouped(w, s, x, x_stride, tokens, k, first, last, out, out_stride, after, t
     stop = w + last * size
     for row in range(first, last, ROWS):
         rows, at, to = min(ROWS, last - row), w + row * size, out + 4 * (row - first)
-        tiles_int4(rows, at, size, s + row * wide, wide, stop, after, x, x_stride, tokens, groups, to, out_stride, tag)
+        tiles(rows, at, size, s + row * wide, wide, stop, after, x, x_stride, tokens, groups, to, out_stride, tag)

@@ -9,8 +9,9 @@ import numpy as np
 from numba import njit
 
 from taut.ops._numba.formats import share_of
-from taut.ops._numba.nibbles import WIDE, arrange, grouped
+from taut.ops._numba.nibbles import arrange, grouped
 from taut.ops._numba.parallel import shared
+from taut.ops._numba.planes import COPIES, WIDE
 from taut.ops._numba.rows import dense
 from taut.ops._numba.scalar import JIT, array, down, exp, overload, tanh, up
 
@@ -45,7 +46,7 @@ def activate(x, act):
 def gather(x, gain, norm, eps, tokens, k, x_tag, gain_tag):
     """(x gain in float32, the scalar that each token's products are still to be multiplied by).
 
-    The rows are padded to a multiple of 128 with zeros.
+    The rows are padded to a multiple of WIDE with zeros.
     """
     h, alpha = np.empty((tokens, (k + WIDE - 1) // WIDE * WIDE), np.float32), np.ones(tokens, np.float32)
     stored, gains = array(x, (tokens, k), x_tag), array(gain, k, gain_tag)
@@ -74,7 +75,7 @@ def _(h, w_tag):
 
 
 def _arranged(h, w_tag):
-    to = np.empty_like(h)
+    to = np.empty((h.shape[0], COPIES * h.shape[1]), np.float32)
     arrange(h.ctypes.data, to.ctypes.data, h.size)
     return to
 

@@ -10,7 +10,8 @@ from numba import njit
 
 from taut.ops._numba.abreast import asks_ahead
 from taut.ops._numba.formats import INT4_HALF, is_abreast, place_of, products, share_of
-from taut.ops._numba.nibbles import WIDE, arrange
+from taut.ops._numba.nibbles import arrange
+from taut.ops._numba.planes import COPIES, WIDE
 from taut.ops._numba.products import activate
 from taut.ops._numba.rows import AHEAD, ROWS
 from taut.ops._numba.scalar import JIT, array, span, tanh
@@ -63,12 +64,18 @@ def padded_to(k):
 
 
 @njit(**JIT)
+def room_for(k):
+    """The floats of scratch that a row's input takes: gathered, arranged, and what its products are multiplied by."""
+    return (1 + COPIES) * padded_to(k) + LANES
+
+
+@njit(**JIT)
 def gather(p, rows, scratch, padded):
     """Copy the normed input into scratch, padded with zeros; the divisions are put off and lie behind it.
 
     Behind the input lies the same arranged, where a weight is in int4.
     """
-    k, factors = p.k, floats(scratch + 8 * padded * rows, rows)
+    k, factors = p.k, floats(scratch + 4 * (1 + COPIES) * padded * rows, rows)
     for t in range(rows):
         x, to = floats(p.x + t * p.x_stride, k), floats(scratch + 4 * padded * t, padded)
         mean, alpha = statistics(x, k, p.norm, p.eps)
@@ -84,8 +91,10 @@ def gather(p, rows, scratch, padded):
 
 @njit(**JIT)
 def seen_by(form, scratch, rows, padded):
-    """The gathered input as a format reads it."""
-    return scratch + 4 * padded * rows if form >= INT4_HALF else scratch
+    """(the gathered input as a format reads it, the bytes between its rows)"""
+    if form >= INT4_HALF:
+        return scratch + 4 * padded * rows, 4 * COPIES * padded
+    return scratch, 4 * padded
 
 
 @njit(**JIT)
@@ -157,13 +166,13 @@ def unasked(p, rows, part, parts):
 def linear(p, rows, scratch, part, parts, after):
     padded = padded_to(p.k)
     factors = gather(p, rows, scratch, padded)
-    out = scratch + 4 * (2 * padded + LANES) * rows
-    x = seen_by(p.form, scratch, rows, padded)
+    out = scratch + 4 * room_for(p.k) * rows
+    x, stride = seen_by(p.form, scratch, rows, padded)
     begin, end = rows_of(p, part, parts)
     for first in range(begin, end, BLOCK):
         last = min(first + BLOCK, end)
         on = place_of(p.form, p.w, p.k, last) if last < end else after
-        products(p.form, p.w, p.s, x, 4 * padded, rows, p.k, first, last, out, 4 * BLOCK, on)
+        products(p.form, p.w, p.s, x, stride, rows, p.k, first, last, out, 4 * BLOCK, on)
         for t in range(rows):
             row = floats(out + 4 * BLOCK * t, last - first)
             shifted(row, factors[t], p.bias, first)
@@ -174,16 +183,17 @@ def linear(p, rows, scratch, part, parts, after):
 def glu(p, rows, scratch, part, parts, after):
     padded = padded_to(p.k)
     factors = gather(p, rows, scratch, padded)
-    gate = scratch + 4 * (2 * padded + LANES) * rows
+    gate = scratch + 4 * room_for(p.k) * rows
     up = gate + 4 * BLOCK * rows
-    x, x2 = seen_by(p.form, scratch, rows, padded), seen_by(p.form2, scratch, rows, padded)
+    x, stride = seen_by(p.form, scratch, rows, padded)
+    x2, stride2 = seen_by(p.form2, scratch, rows, padded)
     begin, end = rows_of(p, part, parts)
     for first in range(begin, end, BLOCK):
         last = min(first + BLOCK, end)
         other = place_of(p.form2, p.w2, p.k, first)
         on = place_of(p.form, p.w, p.k, last) if last < end else after
-        products(p.form, p.w, p.s, x, 4 * padded, rows, p.k, first, last, gate, 4 * BLOCK, other)
-        products(p.form2, p.w2, p.s2, x2, 4 * padded, rows, p.k, first, last, up, 4 * BLOCK, on)
+        products(p.form, p.w, p.s, x, stride, rows, p.k, first, last, gate, 4 * BLOCK, other)
+        products(p.form2, p.w2, p.s2, x2, stride2, rows, p.k, first, last, up, 4 * BLOCK, on)
         for t in range(rows):
             a, b = floats(gate + 4 * BLOCK * t, last - first), floats(up + 4 * BLOCK * t, last - first)
             shifted(a, factors[t], p.bias, first)
