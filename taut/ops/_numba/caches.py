@@ -1,12 +1,12 @@
 """Inner loops of attention over rows of a cache, written as vectors.
 
-Rows of two bytes a number are bound by arithmetic as much as by memory. They ask for what is read next, every line of
-it and evenly: a processor drops requests that come faster than memory answers. Float32 is bound by memory alone.
+What they add up stays in registers, so that they take as many rows, queries and features at once as the host has room
+for. They ask meanwhile for what is read next, every line of it and evenly: a processor drops requests that come faster
+than memory answers. Float32 is bound by memory alone.
 """
 
 from __future__ import annotations
 
-from itertools import product
 from typing import Any
 
 from llvmlite import ir
@@ -18,31 +18,46 @@ from taut.ops._numba.simd import (
     BITS,
     FUSE,
     LANES,
-    VECTOR,
+    ROOMY,
     WORD,
     at,
     broadcast,
     load,
     multiply_add,
+    rolled,
     store,
     totals,
     upto,
     zeros,
 )
 
-PAIR = 2 * LANES
+WIDTH = LANES if ROOMY else LANES // 2
+"""Floats of a register."""
+VECTOR = ir.VectorType(FLOAT, WIDTH)
+PAIR = 2 * WIDTH
 KEYS = 4
 """Keys of a tile."""
+KEYS_AT_ONCE = {1: 4, 2: 4, 3: 4, 4: 4} if ROOMY else {1: 4, 2: 4, 3: 4, 4: 2}
+FEATURES_AT_ONCE = {1: 64, 2: 64, 3: 64, 4: 64} if ROOMY else {1: 64, 2: 32, 3: 32, 4: 16}
+"""Of a tile and of `blend`, by the number of queries: sums that leave registers for what is multiplied."""
+PATCH = 1 << 30 if ROOMY else 32
+"""Rows that `add_rows` takes at a time, all features of them: no more than stay in the first cache."""
+
+
+def in_pairs(tag: types.Type) -> bool:
+    """Whether numbers are taken in pairs: a register more, two instructions less."""
+    return ROOMY and tag == types.uint16
+
+
+def evenly(tag: types.Type) -> bool:
+    """Whether values are asked for a row with each row that `blend` reads."""
+    return not ROOMY or tag != types.float32
 
 
 @intrinsic
 def asks_evenly(_typing, tag):
     """Whether `blend` asks for memory too."""
-
-    def generate(_context, _builder, _signature, _args):
-        return ir.Constant(ir.IntType(1), tag != types.float32)
-
-    return types.boolean(tag), generate
+    return types.boolean(tag), lambda *_: ir.Constant(ir.IntType(1), evenly(tag))
 
 
 def even_and_odd(builder: Any, place: Any, lanes: int = LANES) -> list[Any]:
@@ -53,11 +68,13 @@ def even_and_odd(builder: Any, place: Any, lanes: int = LANES) -> list[Any]:
     return [builder.bitcast(part, ir.VectorType(FLOAT, lanes)) for part in (even, odd)]
 
 
-def loaded(builder: Any, place: Any, tag: types.Type, paired: bool) -> list[Any]:
-    """32 stored values: the even and the odd ones where `paired`, else one half after the other."""
+def parts_of(builder: Any, place: Any, tag: types.Type, count: int, paired: bool) -> list[Any]:
+    """`count` vectors of stored values; where `paired`, the even and the odd ones of two by turns."""
+    size = BITS[tag] // 8
     if paired:
-        return even_and_odd(builder, place)
-    return [load(builder, at(builder, place, (n, BITS[tag] // 8)), tag, LANES) for n in (0, LANES)]
+        pairs = [at(builder, place, (n, WIDTH * size)) for n in range(0, count, 2)]
+        return [part for pair in pairs for part in even_and_odd(builder, pair)]
+    return [load(builder, at(builder, place, (n, WIDTH * size)), tag, WIDTH) for n in range(count)]
 
 
 @intrinsic
@@ -66,19 +83,19 @@ def as_read(_typing, tag, source, to, rows, k):
 
     def generate(_context, builder, _signature, args):
         _, source, to, rows, k = args
-        if tag != types.uint16:
+        if not in_pairs(tag):
             return source
         size, zero = builder.mul(k, ir.Constant(WORD, 4)), ir.Constant(WORD, 0)
         with upto(builder, zero, rows) as row:
             here, there = (at(builder, base, (row.index, size)) for base in (source, to))
 
             def block(start: Any, count: Any | None) -> None:
-                values = [load(builder, at(builder, here, (start, 4)), types.float32, LANES)]
+                values = [load(builder, at(builder, here, (start, 4)), types.float32, WIDTH)]
                 if count is None:
-                    values.append(load(builder, at(builder, here, (start, 4), (1, 4 * LANES)), types.float32, LANES))
+                    values.append(load(builder, at(builder, here, (start, 4), (1, 4 * WIDTH)), types.float32, WIDTH))
                     values = [builder.shuffle_vector(*values, indices(*range(n, PAIR, 2))) for n in (0, 1)]
                 for n, value in enumerate(values):
-                    store(builder, value, at(builder, there, (start, 4), (n, 4 * LANES)))
+                    store(builder, value, at(builder, there, (start, 4), (n, 4 * WIDTH)))
 
             walk(builder, k, PAIR, block)
         return to
@@ -93,75 +110,93 @@ def tile(_typing, tag, count, x, x_stride, rows, row_stride, k, out, out_stride)
     x is arranged by `as_read`.
     """
     many, kind = count.literal_value, types.unliteral(tag)
-    size = BITS[kind] // 8
+    at_once = KEYS_AT_ONCE[many]
 
     def generate(_context, builder, _signature, args):
         _, _, x, x_stride, rows, row_stride, k, out, out_stride = args
-        sums = [zeros(builder, VECTOR, KEYS) for _ in range(many)]
-
-        def block(start: Any, rest: Any | None) -> None:
-            places = [at(builder, rows, (j, row_stride), (start, size)) for j in range(KEYS)]
-            if rest is None and kind == types.uint16:
-                parts = [even_and_odd(builder, place) for place in places]
-            else:
-                parts = [[load(builder, place, kind, LANES)] for place in places]
-            for n, t in product(range(len(parts[0])), range(many)):
-                value = load(builder, at(builder, x, (t, x_stride), (start, 4), (n, 4 * LANES)), types.float32, LANES)
-                for j in range(KEYS):
-                    multiply_add(builder, sums[t][j], parts[j][n], value)
-
-        walk(builder, k, PAIR if kind == types.uint16 else LANES, block)
-        vectors = [builder.load(total) for row in sums for total in row]
-        whole = totals(builder, vectors + [splat(VECTOR, 0.0)] * (LANES - len(vectors)))
-        for t in range(many):
-            quarter = indices(*range(KEYS * t, KEYS * (t + 1)))
-            store(builder, builder.shuffle_vector(whole, whole, quarter), at(builder, out, (t, out_stride)))
+        inputs = [at(builder, x, (t, x_stride)) for t in range(many)]
+        for first in range(0, KEYS, at_once):
+            taken = [at(builder, rows, (j, row_stride)) for j in range(first, first + at_once)]
+            found = products(builder, kind, taken, inputs, k)
+            for t in range(0, many, WIDTH // at_once):
+                some = found[t : t + WIDTH // at_once]
+                sums = totals(builder, [vector for vectors in some for vector in vectors])
+                for n in range(len(some)):
+                    own = builder.shuffle_vector(sums, sums, indices(*range(n * at_once, (n + 1) * at_once)))
+                    store(builder, own, at(builder, out, (t + n, out_stride), (first, 4)))
 
     return types.void(tag, count, *[types.int64] * 7), generate
 
 
+def products(builder: Any, tag: types.Type, rows: list[Any], inputs: list[Any], k: Any) -> list[list[Any]]:
+    """For every input and row a vector whose lanes add up to their product."""
+    size, sums = BITS[tag] // 8, [zeros(builder, VECTOR, len(rows)) for _ in inputs]
+
+    def block(start: Any, rest: Any | None) -> None:
+        paired = in_pairs(tag) and rest is None
+        count = 2 if paired or not ROOMY else 1
+        parts = [parts_of(builder, at(builder, row, (start, size)), tag, count, paired) for row in rows]
+        for n in range(count):
+            values = [load(builder, at(builder, x, (start, 4), (n, 4 * WIDTH)), types.float32, WIDTH) for x in inputs]
+            for j, part in enumerate(parts):
+                for total, value in zip(sums, values, strict=True):
+                    multiply_add(builder, total[j], part[n], value)
+
+    if ROOMY:
+        walk(builder, k, PAIR if in_pairs(tag) else WIDTH, block)
+    else:
+        with rolled(builder, ir.Constant(WORD, 0), k, PAIR) as start:
+            block(start, None)
+    return [[builder.load(total) for total in row] for row in sums]
+
+
 @intrinsic(prefer_literal=True)
-def blend(_typing, tag, count, blocks, weights, stride, rows, row_stride, many_rows, out, out_stride, after):
-    """out[t] += sum over j of weights[t, j] rows[j], for t below a constant `count`, over 16 `blocks` features.
+def blend(_typing, tag, count, weights, stride, rows, row_stride, many_rows, features, out, out_stride, after):
+    """out[t] += sum over j of weights[t, j] rows[j], for t below a constant `count`, over a multiple of 16 features.
 
     `weights` (float32) and `out` (float32) have rows `stride` and `out_stride` bytes apart, `rows` (of the tag's
     format) `row_stride` bytes. Asks meanwhile for as much memory, `row_stride` bytes apart from the address `after` on,
     unless the rows are float32.
     """
-    many, wide, kind = count.literal_value, blocks.literal_value, types.unliteral(tag)
+    many, kind = count.literal_value, types.unliteral(tag)
     size = BITS[kind] // 8
-    paired = kind == types.uint16 and wide % 2 == 0
 
     def generate(_context, builder, _signature, args):
-        _, _, _, weights, stride, rows, row_stride, many_rows, out, out_stride, after = args
-        sums = [zeros(builder, VECTOR, wide) for _ in range(many)]
-        with upto(builder, ir.Constant(WORD, 0), many_rows) as loop:
-            row = at(builder, rows, (loop.index, row_stride))
-            if kind != types.float32:
-                prefetch(builder, at(builder, after, (loop.index, row_stride)), wide * LANES * size // LINE)
-            if wide == 1:
-                values = [load(builder, row, kind, LANES)]
-            else:
-                places = [at(builder, row, (n, PAIR * size)) for n in range(wide // 2)]
-                values = [half for place in places for half in loaded(builder, place, kind, paired)]
-            for t in range(many):
-                weight = load(builder, at(builder, weights, (t, stride), (loop.index, 4)), types.float32, 1)
-                weight = broadcast(builder, weight)
-                for total, value in zip(sums[t], values, strict=True):
-                    multiply_add(builder, total, value, weight)
-        for t in range(many):
-            found = [builder.load(total) for total in sums[t]]
-            if paired:
-                found = [half for n in range(0, wide, 2) for half in side_by_side(builder, *found[n : n + 2])]
-            for n, value in enumerate(found):
-                place = at(builder, out, (t, out_stride), (n * LANES, 4))
-                before = load(builder, place, types.float32, LANES)
-                store(builder, builder.fadd(before, value, flags=FUSE), place)
+        _, _, weights, stride, rows, row_stride, many_rows, features, out, out_stride, after = args
 
-    return types.void(tag, count, blocks, *[types.int64] * 8), generate
+        def block(start: Any, wide: int) -> None:
+            """So many vectors of features from a start on."""
+            paired = in_pairs(kind) and wide % 2 == 0
+            sums = [zeros(builder, VECTOR, wide) for _ in range(many)]
+            with upto(builder, ir.Constant(WORD, 0), many_rows) as loop:
+                row, soon = (at(builder, base, (loop.index, row_stride), (start, size)) for base in (rows, after))
+                if kind != types.float32:
+                    prefetch(builder, soon, -(-wide * WIDTH * size // LINE))
+                places = [at(builder, weights, (t, stride), (loop.index, 4)) for t in range(many)]
+                shares = [broadcast(builder, load(builder, place, types.float32, 1), WIDTH) for place in places]
+                for n, value in enumerate(parts_of(builder, row, kind, wide, paired)):
+                    for total, share in zip(sums, shares, strict=True):
+                        multiply_add(builder, total[n], value, share)
+            for t in range(many):
+                found = [builder.load(total) for total in sums[t]]
+                if paired:
+                    found = [half for n in range(0, wide, 2) for half in side_by_side(builder, *found[n : n + 2])]
+                for n, value in enumerate(found):
+                    place = at(builder, out, (t, out_stride), (start, 4), (n * WIDTH, 4))
+                    before = load(builder, place, types.float32, WIDTH)
+                    store(builder, builder.fadd(before, value, flags=FUSE), place)
+
+        wide = FEATURES_AT_ONCE[many]
+        whole = builder.mul(builder.sdiv(features, ir.Constant(WORD, wide)), ir.Constant(WORD, wide))
+        with rolled(builder, ir.Constant(WORD, 0), whole, wide) as start:
+            block(start, wide // WIDTH)
+        with rolled(builder, whole, features, LANES) as start:
+            block(start, LANES // WIDTH)
+
+    return types.void(tag, count, *[types.int64] * 9), generate
 
 
 def side_by_side(builder: Any, even: Any, odd: Any) -> list[Any]:
     """What `even_and_odd` took apart."""
-    order = [n // 2 + LANES * (n % 2) for n in range(PAIR)]
-    return [builder.shuffle_vector(even, odd, indices(*order[n : n + LANES])) for n in (0, LANES)]
+    order = [n // 2 + WIDTH * (n % 2) for n in range(PAIR)]
+    return [builder.shuffle_vector(even, odd, indices(*order[n : n + WIDTH])) for n in (0, WIDTH)]

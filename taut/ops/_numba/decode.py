@@ -10,7 +10,7 @@ import numba as nb
 import numpy as np
 from numba import njit
 
-from taut.ops._numba.caches import as_read, asks_evenly, blend, tile
+from taut.ops._numba.caches import KEYS, PATCH, as_read, asks_evenly, blend, tile
 from taut.ops._numba.parallel import shared
 from taut.ops._numba.rows import AHEAD, fetch, fetch_all
 from taut.ops._numba.scalar import JIT, array, borrowed, down, exp, span, tanh, up
@@ -25,11 +25,12 @@ def score(q, arranged, group, d, k, k_stride, count, stop, scores, stride, soon,
 
     `arranged` has room for q; the last key ends at the address `stop`.
     """
-    whole = count // 4 * 4 if d % 16 == 0 else 0
-    seen = as_read(k_tag, q, arranged, group, d) if whole else q
-    for h in range(0, group, 4):
+    in_tiles = count >= KEYS and d % 16 == 0
+    seen = as_read(k_tag, q, arranged, group, d) if in_tiles else q
+    for h in range(0, group if in_tiles else 0, 4):
         x, to, some = seen + h * 4 * d, scores + h * stride, min(4, group - h)
-        for j in range(0, whole, 4):
+        for start in range(0, count, KEYS):
+            j = min(start, count - KEYS)
             rows, at = k + j * k_stride, to + 4 * j
             if h == 0 and asks_evenly(k_tag):
                 fetch_all(soon + j * k_stride, 4 * k_stride)
@@ -45,41 +46,36 @@ def score(q, arranged, group, d, k, k_stride, count, stop, scores, stride, soon,
                 tile(k_tag, 2, x, 4 * d, rows, k_stride, d, at, stride)
             else:
                 tile(k_tag, 1, x, 4 * d, rows, k_stride, d, at, stride)
-        for j in range(whole, count):
-            for t in range(some):
-                dots(k_tag, 1, k + j * k_stride, q + (h + t) * 4 * d, 0, d, to + t * stride + 4 * j)
+    for h in range(0 if in_tiles else group):
+        for j in range(count):
+            dots(k_tag, 1, k + j * k_stride, q + h * 4 * d, 0, d, scores + h * stride + 4 * j)
 
 
 @njit(**JIT)
 def add_rows(weights, stride, group, v, v_stride, dv, count, out, after, v_tag):
     """out[h] += sum over j of weights[h, j] v[j]. Asks meanwhile for memory from `after` on."""
-    size = array(v, 1, v_tag).itemsize
-    for h in range(0, group, 4):
-        w, to, some = weights + h * stride, out + h * 4 * dv, min(4, group - h)
-        at = 0
-        while at + 64 <= dv and some >= 3:
-            rows, on, next_ = v + at * size, to + 4 * at, after + at * size
+    whole = dv // 16 * 16
+    for first in range(0, count, PATCH):
+        rows, next_, many = v + first * v_stride, after + first * v_stride, min(PATCH, count - first)
+        for h in range(0, group, 4):
+            w, to, some = weights + h * stride + 4 * first, out + h * 4 * dv, min(4, group - h)
             if some == 4:
-                blend(v_tag, 4, 4, w, stride, rows, v_stride, count, on, 4 * dv, next_)
+                blend(v_tag, 4, w, stride, rows, v_stride, many, whole, to, 4 * dv, next_)
+            elif some == 3:
+                blend(v_tag, 3, w, stride, rows, v_stride, many, whole, to, 4 * dv, next_)
+            elif some == 2:
+                blend(v_tag, 2, w, stride, rows, v_stride, many, whole, to, 4 * dv, next_)
             else:
-                blend(v_tag, 3, 4, w, stride, rows, v_stride, count, on, 4 * dv, next_)
-            at += 64
-        for i in range(some):
-            add_row(w + i * stride, at, v, v_stride, dv, count, to + i * 4 * dv, after, v_tag)
+                blend(v_tag, 1, w, stride, rows, v_stride, many, whole, to, 4 * dv, next_)
+    for h in range(group if whole < dv else 0):
+        add_features(weights + h * stride, whole, v, v_stride, dv, count, out + h * 4 * dv, v_tag)
 
 
 @njit(**JIT)
-def add_row(weights, at, v, v_stride, dv, count, out, after, v_tag):
-    """`add_rows` for one head, from feature `at` on."""
-    size = array(v, 1, v_tag).itemsize
-    while at + 64 <= dv:
-        blend(v_tag, 1, 4, weights, 0, v + at * size, v_stride, count, out + 4 * at, 0, after + at * size)
-        at += 64
-    while at + 16 <= dv:
-        blend(v_tag, 1, 1, weights, 0, v + at * size, v_stride, count, out + 4 * at, 0, after + at * size)
-        at += 16
+def add_features(weights, first, v, v_stride, dv, count, out, v_tag):
+    """The same for one head, from feature `first` on, one by one."""
     to, shares = array(out, dv, np.float32(0)), array(weights, count, np.float32(0))
-    for i in range(at, dv):
+    for i in range(first, dv):
         total = to[i]
         for j in range(count):
             total += shares[j] * up(array(v + j * v_stride, dv, v_tag)[i])
@@ -167,7 +163,8 @@ def chunk(q, group, d, k, k_stride, v, v_stride, dv, keys, first, last, cap, ali
 @njit(**JIT)
 def following(k_tag, count, stride):
     """The last rows of so many while which what comes after them is asked for: for the others, rows of their own."""
-    return min(count, (AHEAD // stride + 3) // 4 * 4) if asks_evenly(k_tag) else count
+    few = AHEAD // stride + KEYS
+    return count - (count - few) // KEYS * KEYS if asks_evenly(k_tag) and few < count else count
 
 
 @njit(**JIT)

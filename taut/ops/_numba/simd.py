@@ -143,25 +143,40 @@ def dots(_typing, tag, count, row, x, stride, k, out):
     return types.void(tag, count, *[types.int64] * 5), generate
 
 
-def pairwise(builder: Any, a: Any, b: Any, low: list[int], high: list[int]) -> Any:
-    """The lanes that `low` picks from a and b together, plus those that `high` picks."""
-    picked = [ir.Constant(ir.VectorType(INT32, LANES), [ir.Constant(INT32, n) for n in lanes]) for lanes in (low, high)]
-    return builder.fadd(*(builder.shuffle_vector(a, b, lanes) for lanes in picked), flags=FUSE)
+HALVING = {2: [((0, 3), (1, 2))], 4: [((0, 1, 6, 7), (2, 3, 4, 5)), ((0, 2, 4, 6), (1, 3, 5, 7))]}
+"""Which parts of two vectors of so many parts are added to which, until each vector has one part left. The first choice
+of the first round leaves all parts in their places, which any port of a processor can do."""
+
+
+def pairwise(builder: Any, vectors: list[Any], *choices: list[int]) -> list[Any]:
+    """Of every two vectors the lanes that the one choice picks from both together, plus those that the other picks."""
+    masks = [ir.Constant(ir.VectorType(INT32, len(some)), [ir.Constant(INT32, n) for n in some]) for some in choices]
+    pairs = zip(vectors[::2], vectors[1::2], strict=True)
+    return [builder.fadd(*(builder.shuffle_vector(a, b, mask) for mask in masks), flags=FUSE) for a, b in pairs]
+
+
+def picked(choice: tuple[int, ...], parts: int, size: int, lanes: int) -> list[int]:
+    """The lanes of the chosen parts of `size` lanes, of every `parts` of them in two vectors."""
+    firsts = [first + n // parts * lanes + n % parts * size for first in range(0, lanes, parts * size) for n in choice]
+    return [first + n for first in firsts for n in range(size)]
 
 
 def totals(builder: Any, vectors: list[Any]) -> Any:
-    """The sums of the lanes of 16 vectors, as one vector; a tree that costs three instructions a vector."""
-    quads = [range(q, q + 4) for q in range(0, LANES, 4)]
-    mix = lambda order: [q[n % 4] + LANES * (n // 4) for q in quads for n in order]  # noqa: E731
-    rounds = [
-        (mix((0, 4, 1, 5)), mix((2, 6, 3, 7))),
-        (mix((0, 1, 4, 5)), mix((2, 3, 6, 7))),
-        ([*range(0, 8), *range(16, 24)], [*range(8, 16), *range(24, 32)]),
-        ([*range(0, 4), *range(8, 12), *range(16, 20), *range(24, 28)],
-         [*range(4, 8), *range(12, 16), *range(20, 24), *range(28, 32)]),
-    ]  # fmt: skip
-    for low, high in rounds:
-        vectors = [pairwise(builder, a, b, low, high) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
+    """The sums of the lanes of some vectors, as one vector of 4 lanes or, of more than 4 vectors, of all.
+
+    A tree that costs three instructions a vector: first within each 4 lanes, then of these.
+    """
+    kind = vectors[0].type
+    lanes, room = kind.count, 4 if len(vectors) <= 4 else kind.count
+    vectors = vectors + [splat(kind, 0.0)] * (room - len(vectors))
+    for size in (1, 4):
+        parts = min(4, lanes // size)
+        for choices in HALVING[parts]:
+            if len(vectors) > 1:
+                vectors = pairwise(builder, vectors, *(picked(some, parts, size, lanes) for some in choices))
+    while lanes > room:
+        lanes //= 2
+        vectors = pairwise(builder, 2 * vectors, list(range(lanes)), list(range(lanes, 2 * lanes)))
     return vectors[0]
 
 
