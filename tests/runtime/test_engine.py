@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 
@@ -77,8 +78,11 @@ def test_a_text_that_ends_leaves_the_others_running(engine):
     assert [row[0] for row in steps if row[0] is not None] == first[: first.index(end)]
 
 
-def test_prefill_in_one_piece_in_chunks_and_token_by_token_agree(engine):
+def test_prefill_in_one_piece_in_chunks_and_token_by_token_agree(demo, engine):
+    """Each is at most twice as far from float64 as transformers is: by their digits, processors differ."""
     prompt = ids(40)
+    with torch.no_grad():
+        truth, theirs = (model(prompt[None]).logits[0, -1] for model in (copy.deepcopy(demo).double(), demo))
     engine.reset()
     whole = engine.prefill(prompt, 0)
     for piece in prompt.split(7):
@@ -86,8 +90,8 @@ def test_prefill_in_one_piece_in_chunks_and_token_by_token_agree(engine):
     for token in prompt[:-1]:
         engine.prefill(token[None], 2)
     single = engine.prefill(prompt[-1:], 2)
-    torch.testing.assert_close(chunks, whole)
-    torch.testing.assert_close(single, whole)
+    for found in (whole, chunks, single):
+        assert (found - truth).norm() <= 2 * (theirs - truth).norm()
 
 
 def test_a_short_prompt_of_a_small_model_runs_token_by_token(engine, monkeypatch):
