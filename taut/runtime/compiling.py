@@ -54,8 +54,8 @@ def compile(
         program = lower(graph, convert)
     except CannotLower as error:
         raise CannotCompile(f"the model's step cannot be lowered: {error}", "generate with transformers") from error
+    tell("compiling kernels, which are kept")
     engine = Engine(program, max_batch, cache_dtype, stop, device)
-    tell("compiling the interpreter, which is kept" if device == "cpu" else "compiling kernels, which are kept")
     engine.prefill([0])
     engine.reset()
     return engine

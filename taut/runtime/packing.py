@@ -22,9 +22,10 @@ from taut.ops._numba.formats import (
     INT4_HALF,
     INT8,
     INT8_ABREAST,
+    PRODUCTS,
 )
 from taut.ops._numba.products import ACTS
-from taut.runtime._numba import table
+from taut.runtime._numba import dense, place, table
 from taut.runtime._numba.dense import BLOCK, room_for
 from taut.runtime._numba.place import MOST_CHUNKS, most_keys_a_chunk
 from taut.runtime.steps import (
@@ -51,11 +52,15 @@ Fields = dict[str, Any]
 
 @dataclass
 class Record:
-    """A step of the interpreter; `reads` and `writes` name memory, so that a wait is put in where one is needed."""
+    """A step of the interpreter; `reads` and `writes` name memory, so that a wait is put in where one is needed.
+
+    It is needed from `waits_from` rows on.
+    """
 
     fields: Fields
     reads: Set[Hashable]
     writes: Set[Hashable]
+    waits_from: int = 1
 
 
 @dataclass
@@ -175,7 +180,7 @@ class Packer:
                 yield from self._attend(step)
 
     def _embed(self, step: Embed) -> Record:
-        fields = {"code": table.EMBED, "n": self.program.widths[step.out], "scale": step.scale} | self.output(step)
+        fields = {"run": place.embed(), "n": self.program.widths[step.out], "scale": step.scale} | self.output(step)
         if step.table is not None:
             fields |= self.weight(step.table, fields["n"])
         if step.positions is not None:
@@ -183,27 +188,28 @@ class Packer:
         return self.record(step, fields)
 
     def _normalize(self, step: Normalize) -> Record:
-        fields = {"code": table.NORMALIZE} | self.input(step.x) | self.norm(step.norm) | self.output(step)
+        fields = {"run": dense.normalize()} | self.input(step.x) | self.norm(step.norm) | self.output(step)
         return self.record(step, fields | self.view("residual", step.residual))
 
     def _linear(self, step: Linear) -> Record:
         k = width(step.x)
-        fields = {"code": table.LINEAR, "n": self.program.widths[step.out], "bias": self.vector(step.bias)}
-        fields |= self.weight(step.weight, k) | self.input(step.x) | self.norm(step.norm) | self.output(step)
+        fields = {"run": dense.linear(), "n": self.program.widths[step.out], "bias": self.vector(step.bias)}
+        fields |= self.multiplied(step.weight, k) | self.input(step.x) | self.norm(step.norm) | self.output(step)
         fields |= {"act": ACTS.index(step.activation or "identity"), "scale": step.scale, "cap": step.softcap or 0.0}
         self._room((room_for(k) + BLOCK) * self.max_batch)
         return self.record(step, fields | self.view("residual", step.residual))
 
     def _glu(self, step: Glu) -> Record:
         k = width(step.x)
-        fields = {"code": table.GLU, "n": self.program.widths[step.out], "act": ACTS.index(step.activation)}
-        fields |= self.weight(step.gate, k) | self.weight(step.up, k, "2") | self.input(step.x) | self.norm(step.norm)
+        fields = {"run": dense.glu(), "n": self.program.widths[step.out], "act": ACTS.index(step.activation)}
+        fields |= self.multiplied(step.gate, k) | self.multiplied(step.up, k, "2")
+        fields |= self.input(step.x) | self.norm(step.norm)
         fields |= {"bias": self.vector(step.gate_bias), "bias2": self.vector(step.up_bias)}
         self._room((room_for(k) + 2 * BLOCK) * self.max_batch)
         return self.record(step, fields | self.output(step))
 
     def _combine(self, step: Combine) -> Record:
-        fields = {"code": table.COMBINE, "n": width(step.a), "scale": step.scale, "b_scale": step.b_scale}
+        fields = {"run": dense.combine(), "n": width(step.a), "scale": step.scale, "b_scale": step.b_scale}
         fields |= self.input(step.a) | self.view("b", step.b) | self.output(step) | {"product": int(step.product)}
         return self.record(step, fields)
 
@@ -216,14 +222,17 @@ class Packer:
         reads = {self.places[view.buffer] for view in (step.q, step.k, step.v) if view is not None}
         # One row goes on to attend without a wait, so what attending touches is waited for before it is turned.
         writes = {"turned", "sums", cache} if step.k is not None else {"turned", "sums"}
-        yield Record({"code": table.TURN} | index, reads | {cache}, writes)
-        yield Record({"code": table.ATTEND} | index, {"turned", cache}, {"sums"})
-        yield Record({"code": table.MERGE} | index | self.output(step), {"sums"}, {self.places[step.out]})
+        yield Record({"run": place.turn(), "early": place.attend_early()} | index, reads | {cache}, writes)
+        # Of one row a thread attends by what it turned itself.
+        yield Record({"run": place.attend()} | index, {"turned", cache}, {"sums"}, waits_from=2)
+        yield Record({"run": place.merge_chunks()} | index | self.output(step), {"sums"}, {self.places[step.out]})
 
     def _attention(self, step: Attend) -> Fields:
         keys, values = self.caches[step.layer]
+        form = FORMATS[keys.dtype]
         fields = {name: getattr(step, name) for name in ("heads", "kv_heads", "d", "dv", "scale")}
-        fields |= self.shared | {"cap": step.softcap or 0.0, "cache_tag": FORMATS[keys.dtype]}
+        fields |= self.shared | {"cap": step.softcap or 0.0, "cache_tag": form}
+        fields |= {"append": place.APPEND[form](), "chunk": place.ATTEND_CHUNK[form]()}
         fields |= {"keys": keys.data_ptr(), "values": values.data_ptr()}
         for name, cache in (("keys", keys), ("values", values)):
             fields |= {f"{name}_{axis}": cache.stride(i) * cache.itemsize for i, axis in enumerate(("slot", "head"))}
@@ -298,6 +307,11 @@ class Packer:
         addresses = {"w": data.data_ptr(), "s": 0 if scale is None else scale.data_ptr()}
         return {key + suffix: value for key, value in ({"form": form} | addresses).items()}
 
+    def multiplied(self, weight: Weight, k: int, suffix: str = "") -> Fields:
+        """The same, and the kernel of its products."""
+        fields = self.weight(weight, k, suffix)
+        return fields | {"products" + suffix: PRODUCTS[fields["form" + suffix]]()}
+
     def vector(self, values: Tensor | None) -> int:
         """Where the values lie as float32; 0 for none."""
         return 0 if values is None else self.keep(values, torch.float32).data_ptr()
@@ -337,18 +351,18 @@ def put_waits(records: list[Record]) -> None:
     reads, writes = set[Hashable](), set[Hashable]()
     for record in records:
         if record.reads & writes or record.writes & (reads | writes):
-            record.fields["wait"] = 1
+            record.fields["wait"] = record.waits_from
             reads, writes = set(), set()
         reads, writes = reads | record.reads, writes | record.writes
 
 
 def put_next(records: list[Record]) -> None:
-    """Tell every step which one reads a weight first from it on, and those that do, which one does so after them."""
-    readers = {i for i, record in enumerate(records) if record.fields["code"] in (table.LINEAR, table.GLU)}
+    """Tell every step which one reads a weight first from it on, and which one does so after it."""
+    readers = {i for i, record in enumerate(records) if record.fields["run"] in (dense.linear(), dense.glu())}
     soon = min(readers, default=0)
     for i in reversed(range(len(records))):
-        if i in readers:
-            records[i].fields["next"], soon = soon, i
+        records[i].fields["next"] = soon
+        soon = i if i in readers else soon
         records[i].fields["soon"] = soon
 
 

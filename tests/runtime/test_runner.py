@@ -11,7 +11,7 @@ from torch import Tensor
 from taut.checkpoint import BadInput
 from taut.huge_pages import collapse_meanwhile
 from taut.ops._weights import abreast, quantize
-from taut.runtime._numba.table import TURN
+from taut.runtime._numba.place import turn
 from taut.runtime.placed import gathered, matrices
 from taut.runtime.plain import PlainRunner
 from taut.runtime.runner import Runner
@@ -162,7 +162,7 @@ def test_attention_waits_for_the_merge_of_one_before_it(rows: int):
     made = dataclasses.replace(made, steps=(*made.steps[:3], dataclasses.replace(other, q=one.q), *made.steps[5:]))
     agree(made, rows, at=70)
     steps = Runner(made, rows).packed.steps
-    assert [bool(wait) for code, wait in zip(steps["code"], steps["wait"], strict=True) if code == TURN] == [True, True]
+    assert [bool(wait) for run, wait in zip(steps["run"], steps["wait"], strict=True) if run == turn()] == [True, True]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5])

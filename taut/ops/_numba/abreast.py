@@ -2,7 +2,7 @@
 
 A vector holds one input of every row, or two as pairs of bfloat16. It is multiplied by an input that all lanes share:
 no lanes are ever added up and no row ends before its block, so that almost every instruction reads or multiplies, and
-the processor follows the one stream of addresses as fast as it reads. `ops/_weights.abreast` lays a weight out so.
+the processor follows the streams of addresses as fast as it reads. `ops/_weights.abreast` lays a weight out so.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 
 from taut.ops._numba.caches import even_and_odd
+from taut.ops._numba.kernels import jit
 from taut.ops._numba.rows import LINE, further, of_a_pair, prefetch, tree
-from taut.ops._numba.scalar import FLOAT, JIT, array, intrinsic
+from taut.ops._numba.scalar import FLOAT, array, intrinsic
 from taut.ops._numba.simd import (
     BITS,
     FUSE,
     LANES,
     ROOMY,
+    WIDTH,
     WORD,
     at,
     broadcast,
@@ -33,12 +35,9 @@ from taut.ops._numba.simd import (
 )
 from taut.ops._weights import INPUTS
 
-HALF = LANES // 2
-"""Lanes where a register holds no more."""
 STREAMS = 4
 """Blocks that are read side by side: the hardware follows several streams, each a little way ahead, where requests of
-our own would be in their way. With many registers several tokens read one stream and ask far ahead of it: they compute
-for too long to keep several going."""
+our own would be in their way. With many registers several tokens read one stream and ask far ahead of it."""
 SPAN, CHAINS = (64, 4) if ROOMY else (8, 1)
 """Rounds after which sums are added to a total, since a long sum loses digits and other streams wait, and sums of a
 product."""
@@ -56,19 +55,18 @@ def turn(_typing, tag, blocks, tokens, w, w_stride, stop, after, x, x_stride, ro
     """
     wide, many, kind = blocks.literal_value, tokens.literal_value, types.unliteral(tag)
     number = BITS[kind] // 8
-    lanes = LANES if ROOMY else HALF
-    parts = list(product(range(wide), range(0, LANES, lanes)))
+    parts = list(product(range(wide), range(0, LANES, WIDTH)))
 
     def inputs_at(builder: Any, place: Any) -> list[Any]:
-        """Each input of a round, of `lanes` rows."""
+        """Each input of a round, of the rows that a register holds."""
         places = [at(builder, place, (n, LANES * number)) for n in range(INPUTS)]
         if kind == types.uint16:
-            return [value for pair in places[::2] for value in even_and_odd(builder, pair, lanes)]
-        return [load(builder, one, kind, lanes) for one in places]
+            return [value for pair in places[::2] for value in even_and_odd(builder, pair)]
+        return [load(builder, one, kind, WIDTH) for one in places]
 
     def generate(context, builder, _signature, args):
         _, _, _, w, w_stride, stop, after, x, x_stride, rounds, out, out_stride = args
-        vector, size = ir.VectorType(FLOAT, lanes), INPUTS * LANES * number
+        vector, size = ir.VectorType(FLOAT, WIDTH), INPUTS * LANES * number
         sums = [[zeros(builder, vector, CHAINS) for _ in parts] for _ in range(many)]
         step = number if kind != types.uint16 else 2 * number
         begin = [at(builder, w, (b, w_stride), (part, step)) for b, part in parts]
@@ -83,30 +81,30 @@ def turn(_typing, tag, blocks, tokens, w, w_stride, stop, after, x, x_stride, ro
                 for place, into in zip(tokens_at, sums, strict=True):
                     one = load(builder, at(builder, place, (index, 4 * INPUTS), (n, 4)), types.float32, 1)
                     for value, chains in zip(values, into, strict=True):
-                        multiply_add(builder, chains[n % CHAINS], value, broadcast(builder, one, lanes))
+                        multiply_add(builder, chains[n % CHAINS], value, broadcast(builder, one, WIDTH))
         for t, into in enumerate(sums):
             for (b, part), chains in zip(parts, into, strict=True):
                 place = at(builder, out, (t, out_stride), (b * LANES + part, 4))
                 sum_ = tree(builder, [builder.load(chain) for chain in chains])
-                store(builder, builder.fadd(load(builder, place, types.float32, lanes), sum_, flags=FUSE), place)
+                store(builder, builder.fadd(load(builder, place, types.float32, WIDTH), sum_, flags=FUSE), place)
         return context.get_dummy_value()
 
     return types.void(tag, blocks, tokens, *[types.int64] * 9), generate
 
 
-@njit(**JIT)
+@jit
 def asks_ahead(tokens):
     """Whether a product of so many tokens reads one stream and asks for what follows, rather than several streams."""
     return ROOMY and tokens > 1
 
 
-@njit(**JIT)
+@jit
 def whole(k):
     """The inputs of a row abreast, with those that fill up its last round."""
     return (k + INPUTS - 1) // INPUTS * INPUTS
 
 
-@njit(**JIT)
+@jit
 def abreast(w, x, x_stride, tokens, k, first, last, out, out_stride, after, tag):
     """`products` for rows from a multiple of sixteen on; writes whole blocks of them."""
     rounds, blocks = whole(k) // INPUTS, (last - first + LANES - 1) // LANES
@@ -124,7 +122,7 @@ def abreast(w, x, x_stride, tokens, k, first, last, out, out_stride, after, tag)
                   out + low * 4 * LANES, out_stride, tag)  # fmt: skip
 
 
-@njit(**JIT)
+@jit
 def turns(w, w_stride, blocks, stop, after, x, x_stride, tokens, rounds, out, out_stride, tag):
     """`turn` for up to STREAMS blocks and any number of tokens."""
     if tokens == 1 and blocks == STREAMS:
@@ -137,7 +135,7 @@ def turns(w, w_stride, blocks, stop, after, x, x_stride, tokens, rounds, out, ou
         block_turns(w + b * w_stride, w_stride, stop, after, x, x_stride, tokens, rounds, to, out_stride, tag)
 
 
-@njit(**JIT)
+@jit
 def block_turns(w, w_stride, stop, after, x, x_stride, tokens, rounds, out, out_stride, tag):
     """`turn` of one block for any number of tokens."""
     while tokens >= TOKENS:

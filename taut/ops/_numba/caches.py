@@ -1,8 +1,8 @@
 """Inner loops of attention over rows of a cache, written as vectors.
 
 What they add up stays in registers, so that they take as many rows, queries and features at once as the host has room
-for. They ask meanwhile for what is read next, every line of it and evenly: a processor drops requests that come faster
-than memory answers. Float32 is bound by memory alone.
+for. Rows of two bytes a number are bound by arithmetic as much as by memory. They ask for what is read next, every line
+of it and evenly: a processor drops requests that come faster than memory answers. Float32 is bound by memory alone.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from taut.ops._numba.simd import (
     FUSE,
     LANES,
     ROOMY,
+    WIDTH,
     WORD,
     at,
     broadcast,
@@ -31,8 +32,6 @@ from taut.ops._numba.simd import (
     zeros,
 )
 
-WIDTH = LANES if ROOMY else LANES // 2
-"""Floats of a register."""
 VECTOR = ir.VectorType(FLOAT, WIDTH)
 PAIR = 2 * WIDTH
 KEYS = 4
@@ -49,23 +48,18 @@ def in_pairs(tag: types.Type) -> bool:
     return ROOMY and tag == types.uint16
 
 
-def evenly(tag: types.Type) -> bool:
-    """Whether values are asked for a row with each row that `blend` reads."""
-    return not ROOMY or tag != types.float32
-
-
 @intrinsic
 def asks_evenly(_typing, tag):
-    """Whether `blend` asks for memory too."""
-    return types.boolean(tag), lambda *_: ir.Constant(ir.IntType(1), evenly(tag))
+    """Whether every line that is read next is asked for while keys are, rather than every second one in two places."""
+    return types.boolean(tag), lambda *_: ir.Constant(ir.IntType(1), not ROOMY or tag != types.float32)
 
 
-def even_and_odd(builder: Any, place: Any, lanes: int = LANES) -> list[Any]:
-    """The even and the odd ones of twice `lanes` bfloat16, as float32: two instructions instead of four."""
-    words = ir.VectorType(INT32, lanes)
+def even_and_odd(builder: Any, place: Any) -> list[Any]:
+    """The even and the odd ones of two registers of bfloat16, as float32: two instructions instead of four."""
+    words = ir.VectorType(INT32, WIDTH)
     both = builder.load(builder.inttoptr(place, words.as_pointer()), align=2)
     even, odd = builder.shl(both, splat(words, 16)), builder.and_(both, splat(words, -65536))
-    return [builder.bitcast(part, ir.VectorType(FLOAT, lanes)) for part in (even, odd)]
+    return [builder.bitcast(part, VECTOR) for part in (even, odd)]
 
 
 def parts_of(builder: Any, place: Any, tag: types.Type, count: int, paired: bool) -> list[Any]:

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import numba as nb
 import numpy as np
-from numba import njit
 
 from taut.ops._numba.caches import KEYS, PATCH, as_read, asks_evenly, blend, tile
+from taut.ops._numba.kernels import jit
 from taut.ops._numba.parallel import shared
 from taut.ops._numba.rows import AHEAD, fetch, fetch_all
-from taut.ops._numba.scalar import JIT, array, borrowed, down, exp, span, tanh, up
+from taut.ops._numba.scalar import array, borrowed, down, exp, span, tanh, up
 from taut.ops._numba.simd import dots, peak
 
 HIDDEN = nb.float32(-np.inf)
 
 
-@njit(**JIT)
+@jit
 def score(q, arranged, group, d, k, k_stride, count, stop, scores, stride, soon, k_tag):
     """scores[h, j] = q[h] . k[j]; the rows of scores are `stride` bytes apart. Asks for memory from `soon` on too.
 
@@ -51,7 +51,7 @@ def score(q, arranged, group, d, k, k_stride, count, stop, scores, stride, soon,
             dots(k_tag, 1, k + j * k_stride, q + h * 4 * d, 0, d, scores + h * stride + 4 * j)
 
 
-@njit(**JIT)
+@jit
 def add_rows(weights, stride, group, v, v_stride, dv, count, out, after, v_tag):
     """out[h] += sum over j of weights[h, j] v[j]. Asks meanwhile for memory from `after` on."""
     whole = dv // 16 * 16
@@ -71,7 +71,7 @@ def add_rows(weights, stride, group, v, v_stride, dv, count, out, after, v_tag):
         add_features(weights + h * stride, whole, v, v_stride, dv, count, out + h * 4 * dv, v_tag)
 
 
-@njit(**JIT)
+@jit
 def add_features(weights, first, v, v_stride, dv, count, out, v_tag):
     """The same for one head, from feature `first` on, one by one."""
     to, shares = array(out, dv, np.float32(0)), array(weights, count, np.float32(0))
@@ -82,7 +82,7 @@ def add_features(weights, first, v, v_stride, dv, count, out, v_tag):
         to[i] = total
 
 
-@njit(**JIT)
+@jit
 def adjust(row, ago, cap, slope, mask, additive, mask_tag):
     """Softcap, ALiBi and mask on a row of scores; `ago` is how many positions back its first key stands."""
     count = len(row)
@@ -102,7 +102,7 @@ def adjust(row, ago, cap, slope, mask, additive, mask_tag):
                 row[j] = row[j] if marks[j] != 0 else HIDDEN
 
 
-@njit(**JIT)
+@jit
 def weigh(row):
     """Turn a row of scores into softmax weights relative to its peak; (peak, sum of the weights)."""
     top, total = peak(row.ctypes.data, len(row)), nb.float32(0)
@@ -118,7 +118,7 @@ def weigh(row):
     return top, total
 
 
-@njit(**JIT)
+@jit
 def unseen(mask, count, mask_tag):
     """Whether a boolean mask hides all keys."""
     marks = array(mask, count, mask_tag)
@@ -128,7 +128,7 @@ def unseen(mask, count, mask_tag):
     return seen == 0
 
 
-@njit(**JIT)
+@jit
 def chunk(q, group, d, k, k_stride, v, v_stride, dv, keys, first, last, cap, alibi, head, mask, mask_stride, additive,
           scores, peaks, totals, out, arranged, soon, after, k_tag, mask_tag):  # fmt: skip
     """One chunk of keys for the heads of a group: (peak, total, weighted sum of values) of each.
@@ -141,7 +141,7 @@ def chunk(q, group, d, k, k_stride, v, v_stride, dv, keys, first, last, cap, ali
     if mask and mask_stride == 0 and not additive and unseen(mask + first * size, count, mask_tag):
         peaks[:], totals[:] = HIDDEN, 0
         return
-    stride, weights, sums = 4 * scores.shape[1], scores.ctypes.data, out.ctypes.data
+    stride, weights, sums = 4 * scores.shape[1], np.int64(scores.ctypes.data), np.int64(out.ctypes.data)
     k_at, v_at, stop = k + first * k_stride, v + first * v_stride, k + keys * k_stride
     near = following(k_tag, count, k_stride)
     far = count - near
@@ -160,14 +160,14 @@ def chunk(q, group, d, k, k_stride, v, v_stride, dv, keys, first, last, cap, ali
     add_rows(weights + 4 * far, stride, group, v_at + far * v_stride, v_stride, dv, near, sums, after, k_tag)
 
 
-@njit(**JIT)
+@jit
 def following(k_tag, count, stride):
     """The last rows of so many while which what comes after them is asked for: for the others, rows of their own."""
     few = AHEAD // stride + KEYS
     return count - (count - few) // KEYS * KEYS if asks_evenly(k_tag) and few < count else count
 
 
-@njit(**JIT)
+@jit
 def merge(peaks, totals, parts, sink, to, tag):
     """to = the softmax over all chunks of one head; `sink` is a logit that only adds to the denominator.
 
@@ -192,7 +192,7 @@ def merge(peaks, totals, parts, sink, to, tag):
         to[i] = down(sums[i] / total if total != 0 else nb.float32(0), tag)
 
 
-@njit(**JIT)
+@jit
 def pieces(part, parts, wide, k, k_strides, v, v_strides, shape, cap, mask, mask_strides, additive, alibi,
            peaks, totals, sums, k_tag, mask_tag):  # fmt: skip
     """The part-th share of all chunks of all key heads of all sequences."""
@@ -219,7 +219,7 @@ def pieces(part, parts, wide, k, k_strides, v, v_strides, shape, cap, mask, mask
 share_pieces = shared(pieces)
 
 
-@njit(**JIT)
+@jit
 def attention(q, k, k_strides, v, v_strides, y, batch, heads, kv_heads, d, dv, lowest, keys, step, scale, cap, mask,
               mask_strides, additive, sinks, alibi, parts, tag, k_tag, mask_tag):  # fmt: skip
     """y (batch, heads, dv) from q (batch, heads, d); strides are (batch, head, row) in bytes."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-from numba import njit
 
 from taut.ops._numba.abreast import abreast, whole
+from taut.ops._numba.kernels import Address, jit, kernel
 from taut.ops._numba.nibbles import grouped
 from taut.ops._numba.rows import ROWS, dense
-from taut.ops._numba.scalar import JIT, array, span
+from taut.ops._numba.scalar import array, span
 
 FLOAT32, BFLOAT16, FLOAT16 = range(3)
 FLOAT32_ABREAST, BFLOAT16_ABREAST, FLOAT16_ABREAST, INT8_ABREAST = range(3, 7)
@@ -17,7 +19,7 @@ INT8, INT4_HALF, INT4_FLOAT = range(7, 10)
 row, int4 with a scale a group of 32."""
 
 
-@njit(**JIT)
+@jit
 def scale_rows(s, tokens, first, last, out, out_stride):
     scales = array(s + 4 * first, last - first, np.float32(0))
     for t in range(tokens):
@@ -26,51 +28,72 @@ def scale_rows(s, tokens, first, last, out, out_stride):
             row[i] *= scales[i]
 
 
-@njit(**JIT)
-def products(form, w, s, x, x_stride, tokens, k, first, last, out, out_stride, after):
-    """out[t, r - first] = (row r of the weight) . x[t] for the rows from first to last; strides are in bytes.
+def in_rows(tag: Any) -> Address:
+    """`PRODUCTS` of a weight whose rows lie one after the other."""
 
-    `form` is one of the formats above; x is float32, its rows padded to a multiple of 16 with zeros, for int4 arranged.
-    Of rows abreast the first is a multiple of 16, and whole blocks of them are written.
-    `after` is where the caller will read next, which is fetched meanwhile.
-    """
-    if form == FLOAT32:
-        dense(w, x, x_stride, tokens, k, first, last, out, out_stride, after, np.float32(0))
-    elif form == BFLOAT16:
-        dense(w, x, x_stride, tokens, k, first, last, out, out_stride, after, np.uint16(0))
-    elif form == FLOAT16:
-        dense(w, x, x_stride, tokens, k, first, last, out, out_stride, after, np.int16(0))
-    elif form == FLOAT32_ABREAST:
-        abreast(w, x, x_stride, tokens, k, first, last, out, out_stride, after, np.float32(0))
-    elif form == BFLOAT16_ABREAST:
-        abreast(w, x, x_stride, tokens, k, first, last, out, out_stride, after, np.uint16(0))
-    elif form == FLOAT16_ABREAST:
-        abreast(w, x, x_stride, tokens, k, first, last, out, out_stride, after, np.int16(0))
-    elif form == INT8_ABREAST:
-        abreast(w, x, x_stride, tokens, k, first, last, out, out_stride, after, np.int8(0))
-        scale_rows(s, tokens, first, last, out, out_stride)
-    elif form == INT8:
-        dense(w, x, x_stride, tokens, k, first, last, out, out_stride, after, np.int8(0))
-        scale_rows(s, tokens, first, last, out, out_stride)
-    elif form == INT4_HALF:
-        grouped(w, s, x, x_stride, tokens, k, first, last, out, out_stride, after, np.int16(0))
-    else:
-        grouped(w, s, x, x_stride, tokens, k, first, last, out, out_stride, after, np.float32(0))
+    @kernel
+    def products(w, s, x, x_stride, tokens, k, first, last, out, out_stride, after):
+        dense(w, x, x_stride, tokens, k, first, last, out, out_stride, after, tag)
+        if s:
+            scale_rows(s, tokens, first, last, out, out_stride)
+
+    return products
 
 
-@njit(**JIT)
+def in_blocks(tag: Any) -> Address:
+    """`PRODUCTS` of a weight with sixteen rows abreast."""
+
+    @kernel
+    def products(w, s, x, x_stride, tokens, k, first, last, out, out_stride, after):
+        abreast(w, x, x_stride, tokens, k, first, last, out, out_stride, after, tag)
+        if s:
+            scale_rows(s, tokens, first, last, out, out_stride)
+
+    return products
+
+
+def in_groups(s_tag: Any) -> Address:
+    """`PRODUCTS` of an int4 weight with scales of a type."""
+
+    @kernel
+    def products(w, s, x, x_stride, tokens, k, first, last, out, out_stride, after):
+        grouped(w, s, x, x_stride, tokens, k, first, last, out, out_stride, after, s_tag)
+
+    return products
+
+
+PRODUCTS = {
+    FLOAT32: in_rows(np.float32(0)),
+    BFLOAT16: in_rows(np.uint16(0)),
+    FLOAT16: in_rows(np.int16(0)),
+    FLOAT32_ABREAST: in_blocks(np.float32(0)),
+    BFLOAT16_ABREAST: in_blocks(np.uint16(0)),
+    FLOAT16_ABREAST: in_blocks(np.int16(0)),
+    INT8_ABREAST: in_blocks(np.int8(0)),
+    INT8: in_rows(np.int8(0)),
+    INT4_HALF: in_groups(np.int16(0)),
+    INT4_FLOAT: in_groups(np.float32(0)),
+}
+"""Of every format the kernel of out[t, r - first] = (row r of the weight) . x[t] for the rows from first to last.
+
+Strides are in bytes. x is float32, its rows padded to a multiple of 16 with zeros, for int4 arranged. Of rows abreast
+the first is a multiple of 16, and whole blocks of them are written. `after` is where the caller will read next, which
+is fetched meanwhile."""
+
+
+@jit
 def is_abreast(form):
     return FLOAT32_ABREAST <= form <= INT8_ABREAST
 
 
-@njit(**JIT)
+@jit
 def share_of(n, part, parts, tile=ROWS):
     """The part-th share of n rows, in whole tiles."""
     first, last = span((n + tile - 1) // tile, part, parts)
     return first * tile, min(last * tile, n)
 
 
-@njit(**JIT)
+@jit
 def place_of(form, w, k, row):
     """Where a row of a weight of k inputs begins, or the rows abreast from it on."""
     if is_abreast(form):

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
-from numba.core import cgutils
+from numba import types
 
+from taut.ops._numba.kernels import jit
 from taut.ops._numba.pairs import tiles_pairs
 from taut.ops._numba.planes import (
     COPIES,
@@ -40,7 +40,7 @@ from taut.ops._numba.rows import (
     tree,
     walk,
 )
-from taut.ops._numba.scalar import INT32, JIT, array, intrinsic, splat, widen
+from taut.ops._numba.scalar import INT32, array, call, intrinsic, splat, widen
 from taut.ops._numba.simd import (
     BITS,
     FUSE,
@@ -83,15 +83,14 @@ def load_words(builder: Any, address: Any) -> Any:
 
 def integer_blocks(builder: Any, words: list[Any], places: list[Any]) -> Products:
     """The same from planes: exact sums of (code - 8) times input, times the scale of the inputs."""
-    kind = ir.FunctionType(WORDS, [WORDS, WORDS, WORDS])
-    dot = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.vpdpbusd.512")
     low_bits = splat(WORDS, 0x0F0F0F0F)
 
     def block(halves: list[Any], place: Any) -> Any:
         planes = [splat(WORDS, 0)] * (PLANES - 1) + [load_words(builder, at(builder, place, (1, SUMS_AT)))]
         for p, total in enumerate(planes):
             for h, codes in enumerate(halves):
-                total = builder.call(dot, [total, codes, load_words(builder, at(builder, place, (HALVES * p + h, 64)))])
+                inputs = load_words(builder, at(builder, place, (HALVES * p + h, 64)))
+                total = call(builder, "llvm.x86.avx512.vpdpbusd.512", WORDS, total, codes, inputs)
             planes[p] = total
         whole = planes[0]
         for plane in planes[1:]:
@@ -185,7 +184,7 @@ def tile_int4(
     return types.void(tag, abreast, tokens, *[types.int64] * 12), generate
 
 
-@njit(**JIT)
+@jit
 def tiles_int4(rows, w, w_stride, s, s_stride, stop, after, x, x_stride, tokens, groups, out, out_stride, tag):
     """At most four rows by any number of tokens; four at once, since unpacking binds them and not reading."""
     t = 0
@@ -207,7 +206,7 @@ def tiles_int4(rows, w, w_stride, s, s_stride, stop, after, x, x_stride, tokens,
 tiles = tiles_pairs if PAIRS else tiles_int4
 
 
-@njit(**JIT)
+@jit
 def grouped(w, s, x, x_stride, tokens, k, first, last, out, out_stride, after, tag):
     groups = k // 32
     size, wide = k // 2, groups * array(s, 1, tag).itemsize

@@ -7,11 +7,12 @@ from typing import Any
 
 import numba as nb
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 
+from taut.ops._numba.kernels import jit
 from taut.ops._numba.parallel import shared
 from taut.ops._numba.rows import LINE, fetch, prefetch
-from taut.ops._numba.scalar import EXACT, JIT, array, down, intrinsic, narrow, span, up
+from taut.ops._numba.scalar import EXACT, array, down, intrinsic, narrow, span, up
 from taut.ops._numba.simd import BITS, FUSE, LANES, WORD, at, broadcast, load, upto
 
 SOON = 8192
@@ -61,7 +62,7 @@ def affine(_typing, tag, gain_tag, bias_tag, gained, biased, x, gain, bias, y, d
     return types.void(tag, gain_tag, bias_tag, gained, biased, *ints, *floats, types.int64), generate
 
 
-@njit(**JIT)
+@jit
 def moved(x, gain, bias, y, d, mean, alpha, ahead, tag, gain_tag, bias_tag):
     """y = (x - mean) alpha gain + bias, where there are any, while the memory at `ahead` is asked for."""
     if gain and bias:
@@ -74,7 +75,7 @@ def moved(x, gain, bias, y, d, mean, alpha, ahead, tag, gain_tag, bias_tag):
         affine(tag, gain_tag, bias_tag, 0, 0, x, gain, bias, y, d, mean, alpha, ahead)
 
 
-@njit(**JIT)
+@jit
 def begin(x, rows, size, part, parts):
     """The half-open range of a part's rows, of which the first are asked for."""
     first, last = span(rows, part, parts)
@@ -82,13 +83,13 @@ def begin(x, rows, size, part, parts):
     return first, last
 
 
-@njit(**JIT)
+@jit
 def later(row, size, last, far):
     """Where to ask for memory meanwhile, in bytes: `far` beyond the row's start, but not beyond the last row's."""
     return min(row * size + far, (last - 1) * size)
 
 
-@njit(**JIT)
+@jit
 def inverse_rms(source, d, eps):
     squares = nb.float32(0)
     for i in range(d):
@@ -97,7 +98,7 @@ def inverse_rms(source, d, eps):
     return nb.float32(1) / math.sqrt(squares / nb.float32(d) + nb.float32(eps))
 
 
-@njit(**JIT)
+@jit
 def rms_part(part, parts, x, gain, y, rows, d, eps, tag, gain_tag):
     source, none = array(x, (rows, d), tag), nb.float32(0)
     size = d * source.itemsize
@@ -111,12 +112,12 @@ def rms_part(part, parts, x, gain, y, rows, d, eps, tag, gain_tag):
 share_rms = shared(rms_part)
 
 
-@njit(**JIT)
+@jit
 def rms_norm(tag, gain_tag, x, gain, y, rows, d, parts, eps):
     share_rms(parts, (x, gain, y, rows, d, eps, tag, gain_tag))
 
 
-@njit(**JIT)
+@jit
 def add_rms_part(part, parts, x, residual, gain, y, total, rows, d, eps, tag, gain_tag):
     xs, rs, sums = array(x, (rows, d), tag), array(residual, (rows, d), tag), array(total, (rows, d), tag)
     size, none = d * xs.itemsize, nb.float32(0)
@@ -134,12 +135,12 @@ def add_rms_part(part, parts, x, residual, gain, y, total, rows, d, eps, tag, ga
 share_add_rms = shared(add_rms_part)
 
 
-@njit(**JIT)
+@jit
 def add_rms_norm(tag, gain_tag, x, residual, gain, y, total, rows, d, parts, eps):
     share_add_rms(parts, (x, residual, gain, y, total, rows, d, eps, tag, gain_tag))
 
 
-@njit(**JIT)
+@jit
 def sums_about(a, d, centre):
     """The sums of a row's distances from a number and of their squares."""
     total, squares = nb.float32(0), nb.float32(0)
@@ -150,7 +151,7 @@ def sums_about(a, d, centre):
     return total, squares
 
 
-@njit(**JIT)
+@jit
 def mean_of(a, d):
     total = nb.float32(0)
     for i in range(d):
@@ -158,7 +159,7 @@ def mean_of(a, d):
     return total / nb.float32(d)
 
 
-@njit(**JIT)
+@jit
 def moments(a, d):
     """Mean and biased variance, in one pass about the mean of the row's start unless that lies far from its own."""
     centre = mean_of(a, min(d, START))
@@ -171,7 +172,7 @@ def moments(a, d):
     return mean, variance
 
 
-@njit(**JIT)
+@jit
 def layer_part(part, parts, x, gain, bias, y, rows, d, eps, tag, gain_tag, bias_tag):
     source = array(x, (rows, d), tag)
     size = d * source.itemsize
@@ -187,6 +188,6 @@ def layer_part(part, parts, x, gain, bias, y, rows, d, eps, tag, gain_tag, bias_
 share_layer = shared(layer_part)
 
 
-@njit(**JIT)
+@jit
 def layer_norm(tag, gain_tag, bias_tag, x, gain, bias, y, rows, d, parts, eps):
     share_layer(parts, (x, gain, bias, y, rows, d, eps, tag, gain_tag, bias_tag))

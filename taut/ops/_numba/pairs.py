@@ -10,18 +10,19 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 
-from taut.ops._numba.planes import COPIES, GROUPS, PLANES, SCALES_AT, SIZE, SUMS_AT, call
+from taut.ops._numba.kernels import jit
+from taut.ops._numba.planes import COPIES, GROUPS, PLANES, SCALES_AT, SIZE, SUMS_AT
 from taut.ops._numba.rows import LINE, ROWS, further, indices, prefetch, stored_type, walk
-from taut.ops._numba.scalar import FLOAT, INT16, INT32, JIT, intrinsic, splat, widen
+from taut.ops._numba.scalar import FLOAT, INT16, INT32, call, intrinsic, splat, widen
 from taut.ops._numba.simd import BITS, FUSE, GROUP, WORD, at, multiply_add, store, zeros
 
 BYTE = ir.IntType(8)
 BYTES, SHORTS, WORDS = (ir.VectorType(kind, SIZE * 8 // kind.width) for kind in (BYTE, INT16, INT32))
 SUMS = ir.VectorType(FLOAT, WORDS.count)
 EVEN, ODD, LOW, HIGH = (0, 2, 4, 6), (1, 3, 5, 7), (0, 1, 4, 5), (2, 3, 6, 7)
-"""Lanes of two halves of a vector, the second's from 4 on."""
+"""Lanes of the halves of two vectors, the second's from 4 on."""
 
 
 def read(builder: Any, base: Any, offset: Any, kind: ir.VectorType, count: int = 0) -> Any:
@@ -129,7 +130,7 @@ def tile_pairs(_typing, tag, tokens, rows, w, w_stride, s, s_stride, stop, after
     return types.void(tag, tokens, *[types.int64] * 12), generate
 
 
-@njit(**JIT)
+@jit
 def tiles_pairs(rows, w, w_stride, s, s_stride, stop, after, x, x_stride, tokens, groups, out, out_stride, tag):
     """At most four rows by any number of tokens; three at once have too few registers."""
     t = 0

@@ -9,10 +9,9 @@ from typing import Any
 
 from llvmlite import binding, ir
 from numba import types
-from numba.core import cgutils
 
 from taut.ops._numba.rows import indices
-from taut.ops._numba.scalar import EXACT, FLOAT, INT32, splat
+from taut.ops._numba.scalar import EXACT, FLOAT, INT32, call, splat
 from taut.ops._numba.simd import GROUP, LANES, at, broadcast, load, store
 
 VNNI = bool(binding.get_host_cpu_features().get("avx512vnni"))
@@ -35,12 +34,6 @@ SCALES_AT = SUMS_AT + SIZE
 """Where, behind the planes, lie the sums to be taken off each lane, and its scale."""
 
 WORDS, BYTES = ir.VectorType(INT32, LANES), ir.VectorType(ir.IntType(8), LANES)
-
-
-def call(builder: Any, name: str, kind: ir.Type, *arguments: Any) -> Any:
-    """What one of LLVM's functions gives, by its name."""
-    signature = ir.FunctionType(kind, [argument.type for argument in arguments])
-    return builder.call(cgutils.get_or_insert_function(builder.module, signature, name), arguments)
 
 
 def greatest(builder: Any, vectors: list[Any]) -> Any:

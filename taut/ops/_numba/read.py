@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numba as nb
 import numpy as np
-from numba import njit
 
+from taut.ops._numba.kernels import jit
 from taut.ops._numba.parallel import shared
-from taut.ops._numba.scalar import JIT, array, span
+from taut.ops._numba.scalar import array, span
 
 
-@njit(**JIT)
+@jit
 def read_part(part, parts, address, count, sums):
     """The sum of a share, read at four places side by side: the hardware follows each only a little way ahead."""
     first, last = span(count, part, parts)
@@ -29,7 +29,7 @@ def read_part(part, parts, address, count, sums):
 share_read = shared(read_part)
 
 
-@njit(**JIT)
+@jit
 def read(address, count, parts):
     """The sum of `count` float32 values, by `parts` threads."""
     sums = np.zeros(parts, np.float32)

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 
-from taut.ops._numba.scalar import FLOAT, INT32, JIT, array, intrinsic, splat, widen
+from taut.ops._numba.kernels import jit
+from taut.ops._numba.scalar import FLOAT, INT32, array, call, intrinsic, splat, widen
 from taut.ops._numba.simd import (
     BITS,
     FUSE,
@@ -60,19 +61,16 @@ def load_first(builder: Any, address: Any, kind: ir.Type, lanes: int, count: Any
     bits = 32 if kind == FLOAT else int(str(kind).removeprefix("i"))
     name = f"llvm.masked.load.v{lanes}{'f' if kind == FLOAT else 'i'}{bits}.p0"
     place = builder.inttoptr(address, vector.as_pointer())
-    signature = ir.FunctionType(vector, [place.type, INT32, seen.type, vector])
-    read = cgutils.get_or_insert_function(builder.module, signature, name)
-    return builder.call(read, [place, ir.Constant(INT32, bits // 8), seen, ir.Constant(vector, None)])
+    return call(builder, name, vector, place, ir.Constant(INT32, bits // 8), seen, ir.Constant(vector, None))
 
 
 def prefetch(builder: Any, address: Any, count: int, every: int = 1) -> None:
     """Ask for `count` cache lines, or every second of them, into the second level: the first waits for far fewer."""
     place = ir.IntType(8).as_pointer()
-    kind = ir.FunctionType(ir.VoidType(), [place, INT32, INT32, INT32])
-    ask = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
     how = [ir.Constant(INT32, n) for n in (READ, SECOND_LEVEL, DATA)]
     for line in range(0, count, every):
-        builder.call(ask, [builder.inttoptr(at(builder, address, (1, LINE * line)), place), *how])
+        line_at = builder.inttoptr(at(builder, address, (1, LINE * line)), place)
+        call(builder, "llvm.prefetch.p0", ir.VoidType(), line_at, *how)
 
 
 def further(builder: Any, place: Any, stop: Any, after: Any) -> Any:
@@ -233,7 +231,7 @@ def tile(_typing, tag, abreast, tokens, rows, w, w_stride, stop, after, x, x_str
     return types.void(tag, abreast, tokens, *[types.int64] * 10), generate
 
 
-@njit(**JIT)
+@jit
 def tiles(rows, w, w_stride, stop, after, x, x_stride, tokens, k, out, out_stride, tag):
     """At most four rows by any number of tokens; many tokens are bound by arithmetic, a few by reading the weight."""
     t = 0
@@ -248,7 +246,7 @@ def tiles(rows, w, w_stride, stop, after, x, x_stride, tokens, k, out, out_strid
         tile(tag, 1, 1, rows, w, w_stride, stop, after, x + t * x_stride, x_stride, k, out + t * out_stride, out_stride)
 
 
-@njit(**JIT)
+@jit
 def dense(w, x, x_stride, tokens, k, first, last, out, out_stride, after, tag):
     size = k * array(w, 1, tag).itemsize
     stop = w + last * size

@@ -21,7 +21,6 @@ JIT: dict[str, Any] = {
     "boundscheck": False,
     "error_model": "numpy",
     "nogil": True,
-    "cache": True,
 }
 
 FLOAT, HALF, INT32, INT16 = ir.FloatType(), ir.HalfType(), ir.IntType(32), ir.IntType(16)
@@ -55,6 +54,12 @@ def splat(kind: ir.Type, value: float) -> ir.Constant:
     if isinstance(kind, ir.VectorType):
         return ir.Constant(kind, [ir.Constant(kind.element, value)] * kind.count)
     return ir.Constant(kind, value)
+
+
+def call(builder: Any, name: str, kind: ir.Type, *arguments: Any) -> Any:
+    """What one of LLVM's functions gives, by its name."""
+    signature = ir.FunctionType(kind, [argument.type for argument in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, signature, name), arguments)
 
 
 def widen(builder: ir.IRBuilder, value: Any, tag: types.Type) -> Any:
@@ -110,19 +115,19 @@ def pointer(_typing, address, tag):
     return types.CPointer(tag)(address, tag), generate
 
 
-@njit(inline="always", **JIT)
+@njit(inline="always")
 def array(address, shape, tag):
     """The memory at an address as an array of the tag's dtype."""
     return carray(pointer(address, tag), shape)
 
 
-@njit(inline="always", **JIT)
+@njit(inline="always")
 def borrowed(owned) -> Any:
     """The same float32 memory without an owner: threads that count references to one array wait for each other."""
     return array(owned.ctypes.data, owned.shape, np.float32(0))
 
 
-@njit(inline="always", **JIT)
+@njit(inline="always")
 def span(count, part, parts):
     """The half-open range that is the part-th of `parts` equal ones."""
     return count * part // parts, count * (part + 1) // parts
@@ -138,11 +143,10 @@ def exp(_typing, x):
     def generate(_context, builder, _signature, args):
         (x,) = args
         constant = lambda value: ir.Constant(FLOAT, value)  # noqa: E731
-        rint = cgutils.get_or_insert_function(builder.module, ir.FunctionType(FLOAT, [FLOAT]), "llvm.rint.f32")
         vanished = builder.fcmp_ordered("<", x, constant(-87.3), flags=EXACT)
         x = builder.select(vanished, constant(-87.3), x)
         x = builder.select(builder.fcmp_ordered(">", x, constant(89.0), flags=EXACT), constant(89.0), x)
-        n = builder.call(rint, [builder.fmul(x, constant(1.44269504088896341), flags=EXACT)])
+        n = call(builder, "llvm.rint.f32", FLOAT, builder.fmul(x, constant(1.44269504088896341), flags=EXACT))
         r = builder.fma(n, constant(-0.693359375), x)
         r = builder.fma(n, constant(2.12194440e-4), r)
         y = constant(EXP[0])
@@ -155,7 +159,7 @@ def exp(_typing, x):
     return types.float32(types.float32), generate
 
 
-@njit(inline="always", **JIT)
+@njit(inline="always")
 def tanh(x):
     """tanh to about two ulps."""
     z = x * x

@@ -18,6 +18,8 @@ WORD = ir.IntType(64)
 BITS = {types.float32: 32, types.uint16: 16, types.int16: 16, types.int8: 8, types.uint8: 8}
 ROOMY = bool(binding.get_host_cpu_features().get("avx512f"))
 """Whether there are 32 registers of 16 lanes; elsewhere there is a quarter of that room."""
+WIDTH = LANES if ROOMY else LANES // 2
+"""Lanes of a register, where a loop must fit into those there are."""
 FUSE = ("contract",)
 GROUP = 32
 
@@ -144,8 +146,8 @@ def dots(_typing, tag, count, row, x, stride, k, out):
 
 
 HALVING = {2: [((0, 3), (1, 2))], 4: [((0, 1, 6, 7), (2, 3, 4, 5)), ((0, 2, 4, 6), (1, 3, 5, 7))]}
-"""Which parts of two vectors of so many parts are added to which, until each vector has one part left. The first choice
-of the first round leaves all parts in their places, which any port of a processor can do."""
+"""Which parts of two vectors of so many parts are added to which, until each vector has one part left. In the first
+round one choice leaves all parts in their places: with AVX2 that is a blend, which any port can do."""
 
 
 def pairwise(builder: Any, vectors: list[Any], *choices: list[int]) -> list[Any]:

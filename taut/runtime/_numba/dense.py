@@ -6,28 +6,28 @@ import math
 
 import numba as nb
 import numpy as np
-from numba import njit
 
 from taut.ops._numba.abreast import asks_ahead
-from taut.ops._numba.formats import INT4_HALF, is_abreast, place_of, products, share_of
+from taut.ops._numba.formats import INT4_HALF, is_abreast, place_of, share_of
+from taut.ops._numba.kernels import invoke, jit, kernel, record
 from taut.ops._numba.nibbles import arrange
 from taut.ops._numba.planes import COPIES, WIDE
 from taut.ops._numba.products import activate
 from taut.ops._numba.rows import AHEAD, ROWS
-from taut.ops._numba.scalar import JIT, array, span, tanh
+from taut.ops._numba.scalar import array, span, tanh
 from taut.ops._numba.simd import LANES
-from taut.runtime._numba.table import CENTRED, PLAIN
+from taut.runtime._numba.table import CENTRED, PLAIN, STEP
 
 BLOCK = 512
 """Rows of a weight whose products a thread holds before it finishes them."""
 
 
-@njit(**JIT)
+@jit
 def floats(address, count):
     return array(address, count, np.float32(0))
 
 
-@njit(**JIT)
+@jit
 def statistics(x, k, norm, eps):
     """(what is to be taken off x, what it is then to be multiplied by)"""
     mean, squares = nb.float32(0), nb.float32(0)
@@ -43,7 +43,7 @@ def statistics(x, k, norm, eps):
     return mean, nb.float32(1) / math.sqrt(squares / nb.float32(k) + nb.float32(eps))
 
 
-@njit(**JIT)
+@jit
 def scaled(x, to, first, last, mean, alpha, gain, bias):
     """to = (x - mean) alpha gain + bias, for the features from first to last"""
     for i in range(first, last):
@@ -58,18 +58,18 @@ def scaled(x, to, first, last, mean, alpha, gain, bias):
             to[i] += biases[i]
 
 
-@njit(**JIT)
+@jit
 def padded_to(k):
     return (k + WIDE - 1) // WIDE * WIDE
 
 
-@njit(**JIT)
+@jit
 def room_for(k):
     """The floats of scratch that a row's input takes: gathered, arranged, and what its products are multiplied by."""
     return (1 + COPIES) * padded_to(k) + LANES
 
 
-@njit(**JIT)
+@jit
 def gather(p, rows, scratch, padded):
     """Copy the normed input into scratch, padded with zeros; the divisions are put off and lie behind it.
 
@@ -89,7 +89,7 @@ def gather(p, rows, scratch, padded):
     return factors
 
 
-@njit(**JIT)
+@jit
 def seen_by(form, scratch, rows, padded):
     """(the gathered input as a format reads it, the bytes between its rows)"""
     if form >= INT4_HALF:
@@ -97,7 +97,7 @@ def seen_by(form, scratch, rows, padded):
     return scratch, 4 * padded
 
 
-@njit(**JIT)
+@jit
 def activated(row, act):
     """The activation of a whole row; one loop an activation, so that each is a loop of vectors."""
     if act == 1:
@@ -114,7 +114,7 @@ def activated(row, act):
             row[i] = activate(row[i], act)
 
 
-@njit(**JIT)
+@jit
 def shifted(row, factor, bias, first):
     """row = row factor + bias"""
     for i in range(len(row)):
@@ -125,7 +125,7 @@ def shifted(row, factor, bias, first):
             row[i] += biases[i]
 
 
-@njit(**JIT)
+@jit
 def finished(p, row, t, first):
     """softcap(activation(row) scale) + residual, into the output"""
     activated(row, p.act)
@@ -143,27 +143,28 @@ def finished(p, row, t, first):
             to[i] += added[i]
 
 
-@njit(**JIT)
+@jit
 def rows_of(p, part, parts):
     """The half-open range of the rows of a step's weights that a thread multiplies."""
     return share_of(p.n, part, parts, LANES if is_abreast(p.form) or is_abreast(p.form2) else ROWS)
 
 
-@njit(**JIT)
+@jit
 def beginning(p, part, parts):
     """Where a thread begins to read the weight of a step."""
     return place_of(p.form, p.w, p.k, rows_of(p, part, parts)[0])
 
 
-@njit(**JIT)
+@jit
 def unasked(p, rows, part, parts):
     """Where the weight of a step begins that a thread will read and has not asked for yet."""
     asked = not is_abreast(p.form) or asks_ahead(rows)
     return beginning(p, part, parts) + (AHEAD if asked else 0)
 
 
-@njit(**JIT)
-def linear(p, rows, scratch, part, parts, after):
+@kernel
+def linear(step, _attention, rows, _tokens, _positions, _slots, scratch, part, parts, after):
+    p = record(step, STEP)
     padded = padded_to(p.k)
     factors = gather(p, rows, scratch, padded)
     out = scratch + 4 * room_for(p.k) * rows
@@ -172,15 +173,16 @@ def linear(p, rows, scratch, part, parts, after):
     for first in range(begin, end, BLOCK):
         last = min(first + BLOCK, end)
         on = place_of(p.form, p.w, p.k, last) if last < end else after
-        products(p.form, p.w, p.s, x, stride, rows, p.k, first, last, out, 4 * BLOCK, on)
+        invoke(p.products, (p.w, p.s, x, stride, rows, p.k, first, last, out, 4 * BLOCK, on))
         for t in range(rows):
             row = floats(out + 4 * BLOCK * t, last - first)
             shifted(row, factors[t], p.bias, first)
             finished(p, row, t, first)
 
 
-@njit(**JIT)
-def glu(p, rows, scratch, part, parts, after):
+@kernel
+def glu(step, _attention, rows, _tokens, _positions, _slots, scratch, part, parts, after):
+    p = record(step, STEP)
     padded = padded_to(p.k)
     factors = gather(p, rows, scratch, padded)
     gate = scratch + 4 * room_for(p.k) * rows
@@ -192,8 +194,8 @@ def glu(p, rows, scratch, part, parts, after):
         last = min(first + BLOCK, end)
         other = place_of(p.form2, p.w2, p.k, first)
         on = place_of(p.form, p.w, p.k, last) if last < end else after
-        products(p.form, p.w, p.s, x, stride, rows, p.k, first, last, gate, 4 * BLOCK, other)
-        products(p.form2, p.w2, p.s2, x2, stride2, rows, p.k, first, last, up, 4 * BLOCK, on)
+        invoke(p.products, (p.w, p.s, x, stride, rows, p.k, first, last, gate, 4 * BLOCK, other))
+        invoke(p.products2, (p.w2, p.s2, x2, stride2, rows, p.k, first, last, up, 4 * BLOCK, on))
         for t in range(rows):
             a, b = floats(gate + 4 * BLOCK * t, last - first), floats(up + 4 * BLOCK * t, last - first)
             shifted(a, factors[t], p.bias, first)
@@ -204,8 +206,9 @@ def glu(p, rows, scratch, part, parts, after):
                 to[i] = a[i] * b[i]
 
 
-@njit(**JIT)
-def normalize(p, rows, part, parts):
+@kernel
+def normalize(step, _attention, rows, _tokens, _positions, _slots, _scratch, part, parts, _after):
+    p = record(step, STEP)
     first, last = span(p.k, part, parts)
     for t in range(rows):
         x, to = floats(p.x + t * p.x_stride, p.k), floats(p.out + t * p.out_stride, p.k)
@@ -217,8 +220,9 @@ def normalize(p, rows, part, parts):
                 to[i] += added[i]
 
 
-@njit(**JIT)
-def combine(p, rows, part, parts):
+@kernel
+def combine(step, _attention, rows, _tokens, _positions, _slots, _scratch, part, parts, _after):
+    p = record(step, STEP)
     first, last = span(p.n, part, parts)
     scale, b_scale = nb.float32(p.scale), nb.float32(p.b_scale)
     for t in range(rows):

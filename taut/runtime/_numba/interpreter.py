@@ -5,15 +5,13 @@ from __future__ import annotations
 import platform
 
 from llvmlite import ir
-from numba import njit, types
-from numba.core import cgutils
+from numba import types
 
+from taut.ops._numba.kernels import invoke, jit
 from taut.ops._numba.parallel import together
 from taut.ops._numba.rows import fetch
-from taut.ops._numba.scalar import JIT, intrinsic
-from taut.runtime._numba.dense import beginning, combine, glu, linear, normalize, unasked
-from taut.runtime._numba.place import attend, attend_early, embed, merge_chunks, turn, turn_own
-from taut.runtime._numba.table import ATTEND, COMBINE, EMBED, GLU, LINEAR, MERGE, NORMALIZE, TURN
+from taut.ops._numba.scalar import call, intrinsic
+from taut.runtime._numba.dense import beginning, unasked
 
 WORD = ir.IntType(64)
 PAUSE = {"x86_64": "llvm.x86.sse2.pause", "AMD64": "llvm.x86.sse2.pause"}.get(platform.machine())
@@ -53,13 +51,13 @@ def pause(_typing):
 
     def generate(context, builder, _signature, _args):
         if PAUSE:
-            builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), []), PAUSE), [])
+            call(builder, PAUSE, ir.VoidType())
         return context.get_dummy_value()
 
     return types.void(), generate
 
 
-@njit(**JIT)
+@jit
 def wait_for(counter, count, soon):
     """Until so many have arrived; meanwhile memory is asked for what stands at `soon` and behind it."""
     rounds = 0
@@ -73,46 +71,30 @@ def wait_for(counter, count, soon):
             give_way()
 
 
-@njit(**JIT)
+@jit
 def play(part, parts, steps, attends, first, last, rows, tokens, positions, slots, scratch, stride, counter):
     """The part-th share of the steps from first to last."""
     mine, waits = scratch + part * stride, 0
     for s in range(first, last):
         p = steps[s]
-        a = attends[p.attend]
-        if p.code == TURN:  # the keys and values of earlier tokens stand there already
-            attend_early(a, rows, positions, slots, part, parts)
-        own = rows == 1 and p.code == ATTEND  # of one row a thread attends by what it turned itself
-        if p.wait and parts > 1 and not own:
+        step, attention = steps.ctypes.data + s * steps.itemsize, attends.ctypes.data + p.attend * attends.itemsize
+        after = beginning(steps[p.next], part, parts)
+        arguments = step, attention, rows, tokens, positions, slots, mine, part, parts, after
+        if p.early:
+            invoke(p.early, arguments)
+        if p.wait and rows >= p.wait and parts > 1:
             waits += 1
             wait_for(counter, waits * parts, unasked(steps[p.soon], rows, part, parts))
-        if p.code == LINEAR:
-            linear(p, rows, mine, part, parts, beginning(steps[p.next], part, parts))
-        elif p.code == GLU:
-            glu(p, rows, mine, part, parts, beginning(steps[p.next], part, parts))
-        elif p.code == TURN and rows == 1:
-            turn_own(a, positions, slots, mine, part, parts)
-        elif p.code == TURN:
-            turn(a, rows, positions, slots, mine, part, parts)
-        elif p.code == ATTEND:
-            after = beginning(steps[p.soon], part, parts)
-            attend(a, rows, positions, slots, mine, part, parts, after)
-        elif p.code == MERGE:
-            merge_chunks(p, a, rows, positions, part, parts)
-        elif p.code == NORMALIZE:
-            normalize(p, rows, part, parts)
-        elif p.code == COMBINE:
-            combine(p, rows, part, parts)
-        elif p.code == EMBED:
-            embed(p, rows, tokens, positions, part, parts)
+        invoke(p.run, arguments)
 
 
 play_together = together(play)
 
 
-@njit(**JIT)
+@jit
 def run(steps, attends, first, last, rows, tokens, positions, slots, scratch, stride, counter, parts):
     """Run the steps from first to last on `rows` rows by a team of `parts` threads."""
     counter[0] = 0
-    arguments = (steps, attends, first, last, rows, tokens, positions, slots, scratch, stride, counter.ctypes.data)
+    given = tokens.ctypes.data, positions.ctypes.data, slots.ctypes.data
+    arguments = (steps, attends, first, last, rows, *given, scratch, stride, counter.ctypes.data)
     play_together(parts, arguments)

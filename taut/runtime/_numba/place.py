@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numba as nb
 import numpy as np
-from numba import njit
 
 from taut.ops._numba.caches import KEYS
 from taut.ops._numba.decode import HIDDEN, chunk, merge
 from taut.ops._numba.formats import BFLOAT16, FLOAT16, FLOAT32, INT4_HALF, INT8
+from taut.ops._numba.kernels import Address, invoke, jit, kernel, record
 from taut.ops._numba.rows import fetch, fetch_all
-from taut.ops._numba.scalar import JIT, array, down, span, up
+from taut.ops._numba.scalar import array, down, span, up
 from taut.runtime._numba.dense import floats, scaled, statistics
+from taut.runtime._numba.table import ATTENTION, STEP
 
 CHUNK, LONG_CHUNK = 32, 512
 """Keys of a chunk, about, while there are few chunks, and from which on there may be many: memory is read fastest by
 long stretches."""
 FEW_CHUNKS, MOST_CHUNKS = 8, 32
+CACHES = {FLOAT32: np.float32(0), BFLOAT16: np.uint16(0), FLOAT16: np.int16(0)}
+"""Formats of a cache, and numbers of the type that they are kept in."""
 MOST_ASKED = 1 << 17
 """Bytes of keys and values that a thread asks for early: a part of its second cache."""
 
 
-@njit(**JIT)
+@jit
+def words(address, count):
+    return array(address, count, np.int64(0))
+
+
+@jit
 def stored(form, w, s, row, k, i):
     """Entry i of a row of a weight of k columns."""
     if form == FLOAT32:
@@ -40,8 +50,9 @@ def stored(form, w, s, row, k, i):
     return code * floats(s, place + 1)[place]
 
 
-@njit(**JIT)
-def embed(p, rows, tokens, positions, part, parts):
+@kernel
+def embed(step, _attention, rows, tokens, positions, _slots, _scratch, part, parts, _after):
+    p, tokens, positions = record(step, STEP), words(tokens, rows), words(positions, rows)
     first, last = span(p.n, part, parts)
     for t in range(rows):
         to = floats(p.out + t * p.out_stride, p.n)
@@ -52,7 +63,7 @@ def embed(p, rows, tokens, positions, part, parts):
                 to[i] += stored(p.form2, p.w2, p.s2, positions[t] + p.offset, p.n, i)
 
 
-@njit(**JIT)
+@jit
 def rotated(a, x, d, position):
     """Turn the first features of a head in place."""
     if not a.half:
@@ -65,7 +76,7 @@ def rotated(a, x, d, position):
         x[right] = v * cos[i] + u * sin[i]
 
 
-@njit(**JIT)
+@jit
 def turned(a, source, to, d, norm, eps, gain, bias, position):
     """to = the head at an address, normed and turned."""
     x = floats(source, d)
@@ -74,24 +85,19 @@ def turned(a, source, to, d, norm, eps, gain, bias, position):
     rotated(a, to, d, position)
 
 
-@njit(**JIT)
-def append(source, to, tag):
-    for i in range(len(to)):
-        to[i] = down(source[i], tag)
+def append_as(tag: Any) -> Address:
+    """What writes `count` float32 values into a cache of the tag's type."""
+
+    @kernel
+    def append(source, to, count):
+        values, places = floats(source, count), array(to, count, tag)
+        for i in range(count):
+            places[i] = down(values[i], tag)
+
+    return append
 
 
-@njit(**JIT)
-def append_as(cache_tag, source, address, count):
-    """Write float32 values into a cache."""
-    if cache_tag == FLOAT32:
-        append(source, array(address, count, np.float32(0)), np.float32(0))
-    elif cache_tag == BFLOAT16:
-        append(source, array(address, count, np.uint16(0)), np.uint16(0))
-    else:
-        append(source, array(address, count, np.int16(0)), np.int16(0))
-
-
-@njit(**JIT)
+@jit
 def turn_query(a, t, h, position, to):
     """A head's query normed, turned and scaled."""
     query = floats(to, a.d)
@@ -100,39 +106,23 @@ def turn_query(a, t, h, position, to):
         query[i] *= nb.float32(a.scale)
 
 
-@njit(**JIT)
+@jit
 def append_key(a, t, h, position, slot, scratch):
     """Norm and turn a head's key and put it into the cache."""
     room, size = floats(scratch, a.d), 4 if a.cache_tag == FLOAT32 else 2
     turned(a, a.k + t * a.k_stride + 4 * h * a.d, room, a.d, a.k_norm, a.k_eps, a.k_gain, a.k_bias, position)
     place = a.keys + slot * a.keys_slot + h * a.keys_head + position * a.d * size
-    append_as(a.cache_tag, room, place, a.d)
+    invoke(a.append, (scratch, place, a.d))
 
 
-@njit(**JIT)
+@jit
 def append_value(a, t, h, position, slot):
     size = 4 if a.cache_tag == FLOAT32 else 2
     place = a.values + slot * a.values_slot + h * a.values_head + position * a.dv * size
-    append_as(a.cache_tag, floats(a.v + t * a.v_stride + 4 * h * a.dv, a.dv), place, a.dv)
+    invoke(a.append, (a.v + t * a.v_stride + 4 * h * a.dv, place, a.dv))
 
 
-@njit(**JIT)
-def turn(a, rows, positions, slots, scratch, part, parts):
-    """Turn the queries of all rows, and append their keys and values."""
-    kv_heads = a.kv_heads if a.k else 0
-    each = a.heads + 2 * kv_heads
-    first, last = span(rows * each, part, parts)
-    for piece in range(first, last):
-        t, h = piece // each, piece % each
-        if h < a.heads:
-            turn_query(a, t, h, positions[t], a.turned + t * a.turned_stride + 4 * h * a.d)
-        elif h < a.heads + kv_heads:
-            append_key(a, t, h - a.heads, positions[t], slots[t], scratch)
-        else:
-            append_value(a, t, h - a.heads - kv_heads, positions[t], slots[t])
-
-
-@njit(**JIT)
+@jit
 def keys_a_chunk(keys):
     """How many keys a chunk of so many holds: as many as every other, but for the last one's rest."""
     most = min(max(keys // LONG_CHUNK, FEW_CHUNKS), MOST_CHUNKS)
@@ -140,14 +130,14 @@ def keys_a_chunk(keys):
     return (keys + chunks * KEYS - 1) // (chunks * KEYS) * KEYS
 
 
-@njit(**JIT)
+@jit
 def most_keys_a_chunk(longest):
     """How many keys a chunk holds at the most, of any number of keys up to the longest."""
     between = LONG_CHUNK + LONG_CHUNK // FEW_CHUNKS + KEYS
     return max(min(between, longest + KEYS), keys_a_chunk(longest))
 
 
-@njit(**JIT)
+@jit
 def chunks_of(a, position):
     """(first visible key, keys a chunk, chunks) of a row, whatever else is in the batch."""
     lowest = array(a.first, position + 1, np.int64(0))[position] if a.first else 0
@@ -156,30 +146,36 @@ def chunks_of(a, position):
     return lowest, step, (keys + step - 1) // step
 
 
-@njit(**JIT)
-def attend_chunk(a, t, kv, c, lowest, step, position, slot, q, scratch, soon, after, tag):
-    group, place = a.heads // a.kv_heads, t * a.heads + kv * (a.heads // a.kv_heads)
-    first, size = lowest + c * step, array(a.keys, 1, tag).itemsize
-    last = min(first + step, position + 1)
-    scores = array(scratch, (group, step), np.float32(0))
-    peaks = floats(scratch + 4 * group * step, group)
-    totals = floats(scratch + 4 * group * (step + 1), group)
-    sums = array(scratch + 4 * group * (step + 2), (group, a.dv), np.float32(0))
-    arranged = scratch + 4 * group * (step + 2 + a.dv)
-    k, v = a.keys + slot * a.keys_slot + kv * a.keys_head, a.values + slot * a.values_slot + kv * a.values_head
-    chunk(q, group, a.d, k, a.d * size, v, a.dv * size, a.dv, position + 1, first, last, nb.float32(a.cap),
-          a.alibi, kv * group, 0, 0, False, scores, peaks, totals, sums, arranged,
-          soon, after, tag, np.uint8(0))  # fmt: skip
-    for h in range(group):
-        at = (place + h) * a.chunks + c
-        floats(a.peaks + 4 * at, 1)[0] = peaks[h]
-        floats(a.totals + 4 * at, 1)[0] = totals[h]
-        to = floats(a.sums + 4 * at * a.dv, a.dv)
-        for i in range(a.dv):
-            to[i] = sums[h, i]
+def attend_to(tag: Any) -> Address:
+    """What attends to one chunk of keys in a cache of the tag's type."""
+
+    @kernel
+    def attend_chunk(attention, t, kv, c, lowest, step, position, slot, q, scratch, soon, after):
+        a = record(attention, ATTENTION)
+        group, place = a.heads // a.kv_heads, t * a.heads + kv * (a.heads // a.kv_heads)
+        first, size = lowest + c * step, array(a.keys, 1, tag).itemsize
+        last = min(first + step, position + 1)
+        scores = array(scratch, (group, step), np.float32(0))
+        peaks = floats(scratch + 4 * group * step, group)
+        totals = floats(scratch + 4 * group * (step + 1), group)
+        sums = array(scratch + 4 * group * (step + 2), (group, a.dv), np.float32(0))
+        arranged = scratch + 4 * group * (step + 2 + a.dv)
+        k, v = a.keys + slot * a.keys_slot + kv * a.keys_head, a.values + slot * a.values_slot + kv * a.values_head
+        chunk(q, group, a.d, k, a.d * size, v, a.dv * size, a.dv, position + 1, first, last, nb.float32(a.cap),
+              a.alibi, kv * group, 0, 0, False, scores, peaks, totals, sums, arranged,
+              soon, after, tag, np.uint8(0))  # fmt: skip
+        for h in range(group):
+            at = (place + h) * a.chunks + c
+            floats(a.peaks + 4 * at, 1)[0] = peaks[h]
+            floats(a.totals + 4 * at, 1)[0] = totals[h]
+            to = floats(a.sums + 4 * at * a.dv, a.dv)
+            for i in range(a.dv):
+                to[i] = sums[h, i]
+
+    return attend_chunk
 
 
-@njit(**JIT)
+@jit
 def places(a, kv, c, lowest, step, position, slot):
     """(where a chunk's keys begin, how many bytes they are, the same of its values)"""
     first, size = lowest + c * step, 4 if a.cache_tag == FLOAT32 else 2
@@ -189,9 +185,10 @@ def places(a, kv, c, lowest, step, position, slot):
     return k, keys * a.d * size, v, keys * a.dv * size
 
 
-@njit(**JIT)
-def attend_early(a, rows, positions, slots, part, parts):
-    """Ask for the first keys and values that a thread will read."""
+@kernel
+def attend_early(_step, attention, rows, _tokens, positions, slots, _scratch, part, parts, _after):
+    """Ask for the first keys and values that a thread will read; those of earlier tokens stand there already."""
+    a, positions, slots = record(attention, ATTENTION), words(positions, rows), words(slots, rows)
     room, asked = MOST_ASKED, 0
     begin, end = pieces_of(a, rows, positions, part, parts)
     before = 0
@@ -208,7 +205,7 @@ def attend_early(a, rows, positions, slots, part, parts):
         before += a.kv_heads * chunks
 
 
-@njit(**JIT)
+@jit
 def pieces_of(a, rows, positions, part, parts):
     """The half-open range of a thread's chunks, of all chunks of keys of all heads of all rows."""
     pieces = 0
@@ -217,9 +214,10 @@ def pieces_of(a, rows, positions, part, parts):
     return span(pieces, part, parts)
 
 
-@njit(**JIT)
-def attend(a, rows, positions, slots, scratch, part, parts, next_):
+@kernel
+def attend(_step, attention, rows, _tokens, positions, slots, scratch, part, parts, next_):
     """The chunks of keys of all heads of all rows, shared evenly among the threads; `next_` is what is read then."""
+    a, positions, slots = record(attention, ATTENTION), words(positions, rows), words(slots, rows)
     begin, end = pieces_of(a, rows, positions, part, parts)
     group, before = a.heads // a.kv_heads, 0
     queries, room = scratch if rows == 1 else a.turned, scratch + 4 * (a.heads + 1) * a.d
@@ -231,18 +229,39 @@ def attend(a, rows, positions, slots, scratch, part, parts, next_):
             q = queries + t * a.turned_stride + 4 * kv * group * a.d
             if before + following < end and following < a.kv_heads * chunks:
                 after = places(a, following // chunks, following % chunks, lowest, step, positions[t], slots[t])[0]
-            if a.cache_tag == FLOAT32:
-                attend_chunk(a, t, kv, c, lowest, step, positions[t], slots[t], q, room, soon, after, np.float32(0))
-            elif a.cache_tag == BFLOAT16:
-                attend_chunk(a, t, kv, c, lowest, step, positions[t], slots[t], q, room, soon, after, np.uint16(0))
-            else:
-                attend_chunk(a, t, kv, c, lowest, step, positions[t], slots[t], q, room, soon, after, np.int16(0))
+            invoke(a.chunk, (attention, t, kv, c, lowest, step, positions[t], slots[t], q, room, soon, after))
         before += a.kv_heads * chunks
 
 
-@njit(**JIT)
+@kernel
+def turn(_step, attention, rows, _tokens, positions, slots, scratch, part, parts, _after):
+    """Turn the queries of all rows, and append their keys and values."""
+    a, positions, slots = record(attention, ATTENTION), words(positions, rows), words(slots, rows)
+    if rows == 1:
+        turn_own(a, positions, slots, scratch, part, parts)
+    else:
+        turn_all(a, rows, positions, slots, scratch, part, parts)
+
+
+@jit
+def turn_all(a, rows, positions, slots, scratch, part, parts):
+    """The same, shared evenly."""
+    kv_heads = a.kv_heads if a.k else 0
+    each = a.heads + 2 * kv_heads
+    first, last = span(rows * each, part, parts)
+    for piece in range(first, last):
+        t, h = piece // each, piece % each
+        if h < a.heads:
+            turn_query(a, t, h, positions[t], a.turned + t * a.turned_stride + 4 * h * a.d)
+        elif h < a.heads + kv_heads:
+            append_key(a, t, h - a.heads, positions[t], slots[t], scratch)
+        else:
+            append_value(a, t, h - a.heads - kv_heads, positions[t], slots[t])
+
+
+@jit
 def turn_own(a, positions, slots, scratch, part, parts):
-    """`turn` of one row, by every thread for the chunks that it attends to: none waits for what another turns.
+    """The same of one row, by every thread for the chunks that it attends to: none waits for what another turns.
 
     Queries go into scratch; a key and a value are appended by who attends to the last chunk.
     """
@@ -257,9 +276,10 @@ def turn_own(a, positions, slots, scratch, part, parts):
             append_value(a, 0, kv, position, slot)
 
 
-@njit(**JIT)
-def merge_chunks(p, a, rows, positions, part, parts):
+@kernel
+def merge_chunks(step, attention, rows, _tokens, positions, _slots, _scratch, part, parts, _after):
     """The softmax over all chunks of every head."""
+    p, a, positions = record(step, STEP), record(attention, ATTENTION), words(positions, rows)
     first, last = span(rows * a.heads, part, parts)
     sinks = floats(a.sinks, a.heads)
     for piece in range(first, last):
@@ -269,3 +289,7 @@ def merge_chunks(p, a, rows, positions, part, parts):
         sums = array(a.sums + 4 * piece * a.chunks * a.dv, (chunks, a.dv), np.float32(0))
         to = floats(p.out + t * p.out_stride + 4 * h * a.dv, a.dv)
         merge(peaks, totals, sums, sinks[h] if a.sinks else HIDDEN, to, np.float32(0))
+
+
+APPEND = {form: append_as(tag) for form, tag in CACHES.items()}
+ATTEND_CHUNK = {form: attend_to(tag) for form, tag in CACHES.items()}

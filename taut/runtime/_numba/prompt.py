@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import numba as nb
 import numpy as np
-from numba import njit
 
 from taut.ops._numba.decode import adjust, weigh
+from taut.ops._numba.kernels import jit
 from taut.ops._numba.parallel import shared
-from taut.ops._numba.scalar import JIT, array, exp, span, up
+from taut.ops._numba.scalar import array, exp, span, up
 from taut.runtime._numba.dense import activated, floats
 
 
-@njit(**JIT)
+@jit
 def turned_part(part, parts, x, stride, rows, heads, d, cos, sin, half, interleaved, positions, to):
     """to[t, h] = x[t, h] turned by the angles of position t."""
     begin, end = span(rows, part, parts)
@@ -35,12 +35,12 @@ def turned_part(part, parts, x, stride, rows, heads, d, cos, sin, half, interlea
 share_turned = shared(turned_part)
 
 
-@njit(**JIT)
+@jit
 def turned(x, stride, rows, heads, d, cos, sin, half, interleaved, positions, to, parts):
     share_turned(parts, (x, stride, rows, heads, d, cos, sin, half, interleaved, positions, to))
 
 
-@njit(**JIT)
+@jit
 def weights_part(part, parts, scores, rows, keys, start, first, last, scale, cap, alibi, sinks):
     """The softmax over the keys from first[t] to last[t] of every head's row t; a row's first score is key `start`."""
     heads = len(scores) // rows
@@ -68,13 +68,13 @@ def weights_part(part, parts, scores, rows, keys, start, first, last, scale, cap
 share_weights = shared(weights_part)
 
 
-@njit(**JIT)
+@jit
 def weights(scores, heads, rows, keys, start, first, last, scale, cap, alibi, sinks, parts):
     table = array(scores, (heads * rows, keys), np.float32(0))
     share_weights(parts, (table, rows, keys, start, first, last, scale, cap, alibi, sinks))
 
 
-@njit(**JIT)
+@jit
 def gated_part(part, parts, gate, up_, to, rows, d, act, gate_tag, up_tag):
     begin, end = span(rows, part, parts)
     gates, ups, out = (
@@ -94,13 +94,13 @@ def gated_part(part, parts, gate, up_, to, rows, d, act, gate_tag, up_tag):
 share_gated = shared(gated_part)
 
 
-@njit(**JIT)
+@jit
 def gated(gate, up_, to, rows, d, act, parts, gate_tag, up_tag):
     """to = activation(gate) up"""
     share_gated(parts, (gate, up_, to, rows, d, act, gate_tag, up_tag))
 
 
-@njit(**JIT)
+@jit
 def grouped_part(part, parts, codes, scales, groups, to, tag):
     begin, end = span(groups, part, parts)
     for g in range(begin, end):
@@ -115,7 +115,7 @@ def grouped_part(part, parts, codes, scales, groups, to, tag):
 share_grouped = shared(grouped_part)
 
 
-@njit(**JIT)
+@jit
 def grouped(codes, scales, groups, to, parts, tag):
     """float32 of int4 codes in groups of 32."""
     share_grouped(parts, (codes, scales, groups, to, tag))

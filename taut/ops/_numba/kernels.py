@@ -1,0 +1,89 @@
+"""How kernels are compiled, kept and called.
+
+A function that another one calls by its name is compiled into it, again at every level, whether a program comes to it
+or not. What is called by its address is compiled by itself, and only when something needs it: most of a first start
+would else be spent on formats that the model has not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.core.caching import FunctionCache
+from numba.core.ccallback import CFunc
+
+from taut.ops._numba.scalar import JIT, intrinsic
+
+WORD = ir.IntType(64)
+Address = Callable[[], int]
+
+
+@cache
+def sources() -> bytes:
+    """A digest of all that a kernel may be made of."""
+    package = Path(__file__).parents[2]
+    files = sorted([*package.rglob("_numba/*.py"), package / "ops" / "_weights.py"])
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).digest()
+
+
+class Kept(FunctionCache):
+    """Machine code on disk, until any source changes: numba itself would look at the file of the function alone."""
+
+    def __init__(self, function: Callable[..., Any]):
+        super().__init__(function)
+        self._cache_file._source_stamp = sources()
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """`function` as a part of others, or called from Python."""
+    compiled: Any = njit(**JIT)(function)
+    compiled._cache = Kept(function)
+    return compiled
+
+
+def kernel(function: Callable[..., None]) -> Address:
+    """Gives the address of `function`, which takes int64 only and gives nothing back; compiled when first asked for."""
+    signature = (types.int64,) * function.__code__.co_argcount, types.void
+
+    @cache  # the machine code goes with this object
+    def compiled() -> Any:
+        found: Any = CFunc(function, signature, {}, JIT)
+        found._cache = Kept(function)
+        found.compile()
+        return found
+
+    return lambda: compiled().address
+
+
+@intrinsic
+def invoke(_typing, address, arguments):
+    """Call the kernel at an address."""
+
+    def generate(context, builder, signature, args):
+        address, values = args
+        words = [
+            context.cast(builder, value, kind, types.int64)
+            for value, kind in zip(cgutils.unpack_tuple(builder, values), signature.args[1], strict=True)
+        ]
+        kind = ir.FunctionType(ir.VoidType(), [WORD] * len(words))
+        builder.call(builder.inttoptr(address, kind.as_pointer()), words)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, arguments), generate
+
+
+@intrinsic
+def record(_typing, address, kind):
+    """The record of a numpy dtype at an address."""
+
+    def generate(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return kind.dtype(types.int64, kind), generate
