@@ -22,11 +22,11 @@ from taut.checkpoint.probe import Piece
 from taut.coded import Decoded, Turned
 from taut.graph import Graph
 from taut.op import Op
+from taut.sources import digest
 from taut.user_cache import user_cache
 from taut.values import Filled, Original, Stacked, Value, originals
 from taut.whole_file import whole_file
 
-SCHEMA = 3
 NAMESPACES = ("aten", "prims")
 
 
@@ -56,12 +56,10 @@ def folder() -> Path:
 
 
 def key(*parts: Any) -> str:
-    """A name for what depends on these parts and on the versions of what makes it."""
+    """A name for what depends on these parts and on what makes it."""
     from importlib.metadata import version
 
-    from taut import __version__
-
-    versions = SCHEMA, __version__, torch.__version__, version("transformers")
+    versions = digest("**/*.py"), torch.__version__, version("transformers")
     return sha256(json.dumps([versions, parts], default=str, sort_keys=True).encode()).hexdigest()[:24]
 
 

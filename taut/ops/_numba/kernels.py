@@ -7,10 +7,8 @@ would else be spent on formats that the model has not.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from llvmlite import ir
@@ -20,17 +18,14 @@ from numba.core.caching import FunctionCache
 from numba.core.ccallback import CFunc
 
 from taut.ops._numba.scalar import JIT, intrinsic
+from taut.sources import digest
 
 WORD = ir.IntType(64)
 Address = Callable[[], int]
 
 
-@cache
-def sources() -> bytes:
-    """A digest of all that a kernel may be made of."""
-    package = Path(__file__).parents[2]
-    files = sorted([*package.rglob("_numba/*.py"), package / "ops" / "_weights.py"])
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).digest()
+SOURCES = "**/_numba/*.py", "ops/_weights.py"
+"""All that a kernel may be made of."""
 
 
 class Kept(FunctionCache):
@@ -38,7 +33,7 @@ class Kept(FunctionCache):
 
     def __init__(self, function: Callable[..., Any]):
         super().__init__(function)
-        self._cache_file._source_stamp = sources()
+        self._cache_file._source_stamp = digest(*SOURCES)
 
 
 def jit(function: Callable[..., Any]) -> Any:
