@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from io import TextIOWrapper
 from typing import Annotated
@@ -34,4 +35,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a model may write what the terminal's encoding lacks
-    app()
+    try:
+        app()
+    finally:
+        gc.freeze()  # all that is left goes with the process: to search it for cycles first takes torch a second
