@@ -70,11 +70,12 @@ def abreast(weight: Tensor) -> Tensor:
     return weight.unflatten(0, (-1, ABREAST)).mT
 
 
-def lies_abreast(dtype: torch.dtype) -> bool:
-    """Whether a CPU reads weights stored in a dtype faster with 16 rows abreast.
+def lies_abreast(dtype: torch.dtype, tokens: int) -> bool:
+    """Whether up to so many tokens at a time are multiplied faster by a weight in a dtype with 16 rows abreast.
 
-    int8 only where registers are few: more of them hold the sums of whole rows, which then take fewer instructions.
+    int8 only for several tokens where registers are few: whole rows, whose sums need more of them, take fewer
+    instructions.
     """
     from taut.ops._numba.simd import ROOMY
 
-    return dtype.is_floating_point or (dtype == torch.int8 and not ROOMY)
+    return dtype.is_floating_point or (dtype == torch.int8 and tokens > 1 and not ROOMY)

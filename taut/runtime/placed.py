@@ -89,15 +89,15 @@ def placed(program: Program, device: torch.device) -> Program:
     return _moved(program, device, {})
 
 
-def gathered(program: Program, caches: int) -> Program:
+def gathered(program: Program, tokens: int, caches: int) -> Program:
     """The program with copies of what it multiplies by, one behind the other on large pages in the order of reading.
 
-    They lie with 16 rows abreast where that is read faster. The program itself where the copies would take more than
-    half of the memory that is free beside the caches (bytes).
+    They lie with 16 rows abreast where that multiplies so many tokens at a time faster. The program itself where the
+    copies would take more than half of the memory that is free beside the caches (bytes).
     """
     laid: dict[tuple, Tensor] = {}
     for weight in matrices(program, False):
-        laid[_place(weight.data)] = abreast(weight.data) if lies_abreast(weight.data.dtype) else weight.data
+        laid[_place(weight.data)] = abreast(weight.data) if lies_abreast(weight.data.dtype, tokens) else weight.data
         if weight.scale is not None:
             laid[_place(weight.scale)] = weight.scale
     free = free_memory()

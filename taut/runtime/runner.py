@@ -41,7 +41,7 @@ class Runner:
             raise BadInput(f"a batch of {max_batch}", "take at least 1")
         cache_dtype = cache_dtype or torch.float32
         self.program = program
-        laid = gathered(program, cache_bytes(program, max_batch, cache_dtype))
+        laid = gathered(program, max_batch, cache_bytes(program, max_batch, cache_dtype))
         self.max_batch, self.threads = max_batch, torch.get_num_threads()
         self.caches = make_caches(program, max_batch, cache_dtype)
         self.packed = Packer(laid, max_batch, self.caches).pack(stepwise)

@@ -52,18 +52,20 @@ def test_many_tokens_are_left_to_torch(monkeypatch):
     assert dict(linear.explain(x, weight.bfloat16()))["numba"] == "more than 16 tokens"
 
 
-def test_the_result_does_not_depend_on_the_number_of_threads():
-    x, weight = torch.randn(3, 600), torch.randn(301, 600).bfloat16()
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16, 8, 4])
+def test_the_result_depends_neither_on_the_number_of_threads_nor_on_other_tokens(stored: torch.dtype | int):
+    x, weight = torch.randn(3, 608), torch.randn(301, 608)
+    weight, scale = quantize(weight, stored) if isinstance(stored, int) else (weight.to(stored), None)
     threads = torch.get_num_threads()
     results = []
     try:
         for n in (1, 2, 3):
             torch.set_num_threads(n)
-            results.append(linear(x, weight, impl="numba"))
+            results += [torch.cat([linear(some, weight, scale=scale, impl="numba") for some in x.split(at_once)])
+                        for at_once in (3, 1)]  # fmt: skip
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+    assert all(torch.equal(result, results[0]) for result in results[1:])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -220,7 +220,7 @@ def test_weights_are_gathered_once_in_the_order_of_reading(monkeypatch: pytest.M
     made = dataclasses.replace(
         made, steps=(dataclasses.replace(made.steps[0], table=tied), *made.steps[1:], logits, again)
     )
-    found = gathered(made, 0)
+    found = gathered(made, 1, 0)
     assert found.steps[0] is made.steps[0]
     copies, places = list(matrices(found, False)), [m.data.data_ptr() for m in matrices(found, False)]
     originals = [abreast(m.data) for m in matrices(made, False)]
@@ -231,8 +231,8 @@ def test_weights_are_gathered_once_in_the_order_of_reading(monkeypatch: pytest.M
     assert places[-1] - places[0] == sum(sizes[:-1])
     room = 2 * sum(m.data.nbytes for m in copies[:-1])
     monkeypatch.setattr("taut.runtime.placed.free_memory", lambda: room)
-    assert gathered(made, 0) is not made
-    assert gathered(made, 1) is made
+    assert gathered(made, 1, 0) is not made
+    assert gathered(made, 1, 1) is made
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
@@ -258,7 +258,7 @@ def test_short_of_memory_weights_stay_as_they_are(form: str, rows: int, monkeypa
     made = program([*steps, Combine("y", View("g", 5, 80), of("h", widths), 0.5, 2.0)], widths | {"y": 75})
     agree(made, rows)
     monkeypatch.setattr("taut.runtime.placed.free_memory", lambda: 0)
-    assert gathered(made, 0) is made
+    assert gathered(made, 1, 0) is made
     monkeypatch.setattr("taut.runtime.runner.free_memory", lambda: None)
     agree(made, rows)
 

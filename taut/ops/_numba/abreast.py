@@ -16,7 +16,7 @@ from numba import types
 
 from taut.ops._numba.caches import even_and_odd
 from taut.ops._numba.kernels import jit
-from taut.ops._numba.rows import LINE, further, of_a_pair, prefetch, tree
+from taut.ops._numba.rows import LINE, ask_near, further, of_a_pair, prefetch, tree
 from taut.ops._numba.scalar import FLOAT, array, intrinsic
 from taut.ops._numba.simd import (
     BITS,
@@ -36,8 +36,8 @@ from taut.ops._numba.simd import (
 from taut.ops._weights import INPUTS
 
 STREAMS = 4
-"""Blocks that are read side by side: the hardware follows several streams, each a little way ahead, where requests of
-our own would be in their way. With many registers several tokens read one stream and ask far ahead of it."""
+"""Blocks that are read side by side: the hardware follows several streams, each a little way ahead. With many registers
+several tokens read one stream and ask far ahead of it."""
 SPAN, CHAINS = (64, 4) if ROOMY else (8, 1)
 """Rounds after which sums are added to a total, since a long sum loses digits and other streams wait, and sums of a
 product."""
@@ -73,7 +73,10 @@ def turn(_typing, tag, blocks, tokens, w, w_stride, stop, after, x, x_stride, ro
         tokens_at = [at(builder, x, (t, x_stride)) for t in range(many)]
         ahead = further(builder, w, stop, after)
         with rolled(builder, ir.Constant(WORD, 0), rounds) as index:
-            if ROOMY and many > 1:
+            if many == 1:
+                for place in begin[:: LANES // WIDTH]:
+                    ask_near(builder, at(builder, place, (index, size)), size // LINE)
+            elif ROOMY:
                 soon = of_a_pair(builder, at(builder, ahead, (index, size)))
                 prefetch(builder, soon, size // LINE, every=2 if many <= FEW else 1)
             found = [inputs_at(builder, at(builder, place, (index, size))) for place in begin]

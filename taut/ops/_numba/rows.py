@@ -1,8 +1,9 @@
 """Products of a few tokens with the rows of a weight of floats or int8: every row is read once, in order.
 
-Memory is read fastest as one stream a thread, so a row is finished before the next one is begun. Vectors of 16 lanes
-collect each product in an order that depends on nothing but its length, and are added in a fixed tree: a product does
-not depend on the tile, the batch or the thread it came from.
+For one token four rows that lie far apart are read side by side: memory is read fastest as several streams. For more
+tokens, whose sums would need more registers than there are, one row is finished before the next one is begun. Vectors
+of 16 lanes collect each product in an order that depends on nothing but its length, and are added in a fixed tree: a
+product does not depend on the tile, the batch or the thread it came from.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from taut.ops._numba.simd import (
     BITS,
     FUSE,
     LANES,
+    ROOMY,
     VECTOR,
     WORD,
     at,
@@ -32,10 +34,11 @@ from taut.ops._numba.simd import (
     zeros,
 )
 
-ROWS, CHAINS, STEP = 4, 2, 64
+ROWS, CHAINS, STEP = 4, 2 if ROOMY else 1, 64
 """Rows of a tile, vectors in which a product is collected by turns, and inputs for which memory is asked at once."""
-AHEAD, LINE = 12288, 64
-"""How far ahead to ask for memory, in bytes: the hardware alone loses the stream at the end of every page."""
+AHEAD, NEAR, LINE = 12288, 1024, 64
+"""How far ahead to ask for memory, in bytes, of one stream, which the hardware alone loses at the end of every page,
+and of several; and the bytes of a line."""
 READ, SECOND_LEVEL, DATA = 0, 2, 1
 """Arguments of LLVM's prefetch."""
 MANY = 4
@@ -71,6 +74,12 @@ def prefetch(builder: Any, address: Any, count: int, every: int = 1) -> None:
     for line in range(0, count, every):
         line_at = builder.inttoptr(at(builder, address, (1, LINE * line)), place)
         call(builder, "llvm.prefetch.p0", ir.VoidType(), line_at, *how)
+
+
+def ask_near(builder: Any, place: Any, count: int) -> None:
+    """Ask for lines of one of several streams, a little way ahead, where that serves: not without AVX-512."""
+    if ROOMY:
+        prefetch(builder, at(builder, place, (1, NEAR)), count)
 
 
 def further(builder: Any, place: Any, stop: Any, after: Any) -> Any:
@@ -132,12 +141,17 @@ def tree(builder: Any, values: list[Any]) -> Any:
     return values[0]
 
 
-def dense_products(builder: Any, tag: types.Type, rows: list[Any], inputs: list[Any], ahead: Any, k: Any) -> Products:
-    """For every row and token a vector whose lanes add up to their product."""
+def dense_products(
+    builder: Any, tag: types.Type, rows: list[Any], inputs: list[Any], ahead: Any | None, k: Any
+) -> Products:
+    """For every row and token a vector whose lanes add up to their product.
+
+    Asks for memory from `ahead` on or, without it, for what follows in each row, by `ask_near`.
+    """
     size, kind = BITS[tag] // 8, stored_type(tag)
     sums = [[zeros(builder, VECTOR, CHAINS) for _ in inputs] for _ in rows]
     # Where nothing but reading binds, few instructions may read: the hardware knows a stream by them.
-    at_once = CHAINS * LANES if tag == types.float32 and len(rows) == len(inputs) == 1 else STEP
+    at_once = CHAINS * LANES if tag == types.float32 and len(inputs) == 1 else STEP
 
     def add(start: Any, chain: int, values: list[Any]) -> None:
         for t, x in enumerate(inputs):
@@ -145,7 +159,9 @@ def dense_products(builder: Any, tag: types.Type, rows: list[Any], inputs: list[
             for row, value in zip(sums, values, strict=True):
                 multiply_add(builder, row[t][chain], value, seen)
 
-    def ask(start: Any) -> None:
+    def ask(start: Any) -> Any:
+        if ahead is None:
+            return [ask_near(builder, at(builder, row, (start, size)), STEP * size // LINE) for row in rows]
         soon, lines = at(builder, ahead, (start, size * len(rows))), STEP * size * len(rows) // LINE
         if size == 1 or len(rows) > 1:  # read in more parts, or more streams, than the hardware follows
             prefetch(builder, soon, lines)
@@ -231,6 +247,23 @@ def tile(_typing, tag, abreast, tokens, rows, w, w_stride, stop, after, x, x_str
     return types.void(tag, abreast, tokens, *[types.int64] * 10), generate
 
 
+@intrinsic
+def streams(_typing, tag, w, w_stride, x, k, out, out_stride):
+    """out[j] = w[j] . x for ROWS rows that lie far apart, and outputs: so many streams, which the hardware follows."""
+    kind = types.unliteral(tag)
+
+    def generate(context, builder, _signature, args):
+        _, w, w_stride, x, k, out, out_stride = args
+        found = dense_products(builder, kind, [at(builder, w, (j, w_stride)) for j in range(ROWS)], [x], None, k)
+        sums = totals(builder, [row[0] for row in found])
+        for j in range(ROWS):
+            value = builder.extract_element(sums, ir.Constant(INT32, j))
+            store(builder, value, at(builder, out, (j, out_stride)))
+        return context.get_dummy_value()
+
+    return types.void(tag, *[types.int64] * 6), generate
+
+
 @jit
 def tiles(rows, w, w_stride, stop, after, x, x_stride, tokens, k, out, out_stride, tag):
     """At most four rows by any number of tokens; many tokens are bound by arithmetic, a few by reading the weight."""
@@ -250,6 +283,9 @@ def tiles(rows, w, w_stride, stop, after, x, x_stride, tokens, k, out, out_strid
 def dense(w, x, x_stride, tokens, k, first, last, out, out_stride, after, tag):
     size = k * array(w, 1, tag).itemsize
     stop = w + last * size
-    for row in range(first, last, ROWS):
+    apart = (last - first) // ROWS if tokens == 1 else 0
+    for row in range(first, first + apart):
+        streams(tag, w + row * size, apart * size, x, k, out + 4 * (row - first), 4 * apart)
+    for row in range(first + ROWS * apart, last, ROWS):
         rows, to = min(ROWS, last - row), out + 4 * (row - first)
         tiles(rows, w + row * size, size, stop, after, x, x_stride, tokens, k, to, out_stride, tag)
