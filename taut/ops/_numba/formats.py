@@ -28,6 +28,7 @@ def scale_rows(s, tokens, first, last, out, out_stride):
             row[i] *= scales[i]
 
 
+# One for each function: kept by value, a compiled one would be another in every process, and nothing be found on disk.
 def in_rows(tag: Any) -> Address:
     """`PRODUCTS` of a weight whose rows lie one after the other."""
 

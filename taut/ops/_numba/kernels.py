@@ -22,8 +22,6 @@ from taut.sources import digest
 
 WORD = ir.IntType(64)
 Address = Callable[[], int]
-
-
 SOURCES = "**/_numba/*.py", "ops/_weights.py"
 """All that a kernel may be made of."""
 

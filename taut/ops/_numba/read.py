@@ -12,6 +12,7 @@ from taut.ops._numba.scalar import array, span
 from taut.ops._numba.simd import ROOMY
 
 BLOCK = 256
+"""Floats of a stream that are asked for at once."""
 
 
 @jit

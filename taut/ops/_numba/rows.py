@@ -159,9 +159,11 @@ def dense_products(
             for row, value in zip(sums, values, strict=True):
                 multiply_add(builder, row[t][chain], value, seen)
 
-    def ask(start: Any) -> Any:
+    def ask(start: Any) -> None:
         if ahead is None:
-            return [ask_near(builder, at(builder, row, (start, size)), STEP * size // LINE) for row in rows]
+            for row in rows:
+                ask_near(builder, at(builder, row, (start, size)), STEP * size // LINE)
+            return
         soon, lines = at(builder, ahead, (start, size * len(rows))), STEP * size * len(rows) // LINE
         if size == 1 or len(rows) > 1:  # read in more parts, or more streams, than the hardware follows
             prefetch(builder, soon, lines)

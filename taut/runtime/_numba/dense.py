@@ -158,7 +158,7 @@ def beginning(p, part, parts):
 @jit
 def unasked(p, rows, part, parts):
     """Where the weight of a step begins that a thread will read and has not asked for yet."""
-    asked = not is_abreast(p.form) or asks_ahead(rows)
+    asked = asks_ahead(rows) if is_abreast(p.form) else rows > 1 or p.form >= INT4_HALF
     return beginning(p, part, parts) + (AHEAD if asked else 0)
 
 
