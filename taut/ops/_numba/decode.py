@@ -9,97 +9,116 @@ from __future__ import annotations
 import numba as nb
 import numpy as np
 
-from taut.ops._numba.caches import KEYS, PATCH, as_read, asks_evenly, blend, tile
+from taut.ops._numba.caches import KEYS, as_read, as_written, blend, tile
 from taut.ops._numba.kernels import jit
 from taut.ops._numba.parallel import shared
-from taut.ops._numba.rows import AHEAD, fetch, fetch_all
+from taut.ops._numba.rows import NEAR
 from taut.ops._numba.scalar import array, borrowed, down, exp, span, tanh, up
 from taut.ops._numba.simd import dots, peak
 
 HIDDEN = nb.float32(-np.inf)
+PATCH = 8
+"""Rows of each stream that several passes add up one after the other: few enough to stay in the first cache."""
 
 
 @jit
-def score(q, arranged, group, d, k, k_stride, count, stop, scores, stride, soon, k_tag):
-    """scores[h, j] = q[h] . k[j]; the rows of scores are `stride` bytes apart. Asks for memory from `soon` on too.
+def score(q, arranged, group, d, k, k_stride, count, quarter, scores, stride, soon, soon_apart, k_tag):
+    """scores[h, i] = q[h] . key `place_of(i, quarter)`, of the first `count` keys.
 
-    `arranged` has room for q; the last key ends at the address `stop`.
+    The rows of scores are `stride` bytes apart, and `arranged` has room for q. With a quarter d is a multiple of 16.
+    What comes after the keys, from `soon` on in four streams `soon_apart` bytes apart, is asked for as they end.
     """
-    in_tiles = count >= KEYS and d % 16 == 0
-    seen = as_read(k_tag, q, arranged, group, d) if in_tiles else q
-    for h in range(0, group if in_tiles else 0, 4):
-        x, to, some = seen + h * 4 * d, scores + h * stride, min(4, group - h)
-        for start in range(0, count, KEYS):
-            j = min(start, count - KEYS)
-            rows, at = k + j * k_stride, to + 4 * j
-            if h == 0 and asks_evenly(k_tag):
-                fetch_all(soon + j * k_stride, 4 * k_stride)
-            elif h == 0:
-                fetch(soon + j * k_stride, 4 * k_stride)
-                if rows + AHEAD < stop:
-                    fetch(rows + AHEAD, 4 * k_stride)
+    seen = as_read(k_tag, q, arranged, group, d) if quarter else q
+    near, apart = NEAR // k_stride, quarter * k_stride
+    for j in range(quarter):
+        rows, at, ahead, ahead_apart = k + j * k_stride, scores + 4 * KEYS * j, k + (j + near) * k_stride, apart
+        if j + near >= quarter:
+            ahead, ahead_apart = soon + (j + near - quarter) * k_stride, soon_apart
+        for h in range(0, group, 4):
+            x, to, some = seen + h * 4 * d, at + h * stride, min(4, group - h)
             if some == 4:
-                tile(k_tag, 4, x, 4 * d, rows, k_stride, d, at, stride)
+                tile(k_tag, 4, x, 4 * d, rows, apart, d, to, stride, ahead, ahead_apart)
             elif some == 3:
-                tile(k_tag, 3, x, 4 * d, rows, k_stride, d, at, stride)
+                tile(k_tag, 3, x, 4 * d, rows, apart, d, to, stride, ahead, ahead_apart)
             elif some == 2:
-                tile(k_tag, 2, x, 4 * d, rows, k_stride, d, at, stride)
+                tile(k_tag, 2, x, 4 * d, rows, apart, d, to, stride, ahead, ahead_apart)
             else:
-                tile(k_tag, 1, x, 4 * d, rows, k_stride, d, at, stride)
-    for h in range(0 if in_tiles else group):
-        for j in range(count):
+                tile(k_tag, 1, x, 4 * d, rows, apart, d, to, stride, ahead, ahead_apart)
+    for h in range(group):
+        for j in range(KEYS * quarter, count):
             dots(k_tag, 1, k + j * k_stride, q + h * 4 * d, 0, d, scores + h * stride + 4 * j)
 
 
 @jit
-def add_rows(weights, stride, group, v, v_stride, dv, count, out, after, v_tag):
-    """out[h] += sum over j of weights[h, j] v[j]. Asks meanwhile for memory from `after` on."""
-    whole = dv // 16 * 16
-    for first in range(0, count, PATCH):
-        rows, next_, many = v + first * v_stride, after + first * v_stride, min(PATCH, count - first)
-        for h in range(0, group, 4):
-            w, to, some = weights + h * stride + 4 * first, out + h * 4 * dv, min(4, group - h)
-            if some == 4:
-                blend(v_tag, 4, w, stride, rows, v_stride, many, whole, to, 4 * dv, next_)
-            elif some == 3:
-                blend(v_tag, 3, w, stride, rows, v_stride, many, whole, to, 4 * dv, next_)
-            elif some == 2:
-                blend(v_tag, 2, w, stride, rows, v_stride, many, whole, to, 4 * dv, next_)
-            else:
-                blend(v_tag, 1, w, stride, rows, v_stride, many, whole, to, 4 * dv, next_)
-    for h in range(group if whole < dv else 0):
-        add_features(weights + h * stride, whole, v, v_stride, dv, count, out + h * 4 * dv, v_tag)
+def place_of(i, quarter):
+    """Which key has the i-th score, where keys are taken from four quarters by turns."""
+    return i % KEYS * quarter + i // KEYS if i < KEYS * quarter else i
 
 
 @jit
-def add_features(weights, first, v, v_stride, dv, count, out, v_tag):
-    """The same for one head, from feature `first` on, one by one."""
-    to, shares = array(out, dv, np.float32(0)), array(weights, count, np.float32(0))
-    for i in range(first, dv):
-        total = to[i]
-        for j in range(count):
-            total += shares[j] * up(array(v + j * v_stride, dv, v_tag)[i])
-        to[i] = total
+def add_rows(weights, stride, group, v, v_stride, dv, count, quarter, out, soon, soon_apart, v_tag):
+    """out[h] += sum over i of weights[h, i] v[place_of(i, quarter)]. `soon` is as in `score`."""
+    whole, apart = dv // 16 * 16, quarter * v_stride
+    patch = PATCH if group > 4 else max(quarter, 1)
+    for first in range(0, quarter, patch):
+        rows, w, many = v + first * v_stride, weights + 4 * KEYS * first, min(patch, quarter - first)
+        blend_rows(
+            w, stride, group, rows, v_stride, apart, many, whole, out, 4 * dv, quarter - first, soon, soon_apart, v_tag
+        )
+    if quarter:
+        as_written(v_tag, out, 4 * dv, group, whole)
+    for h in range(group):
+        to, shares = array(out + h * 4 * dv, dv, np.float32(0)), array(weights + h * stride, count, np.float32(0))
+        for i in range(count if whole < dv else 0):
+            add_features(shares[i], array(v + place_of(i, quarter) * v_stride, dv, v_tag), whole, dv, to)
+        for i in range(KEYS * quarter, count):
+            add_features(shares[i], array(v + i * v_stride, dv, v_tag), 0, whole, to)
 
 
 @jit
-def adjust(row, ago, cap, slope, mask, additive, mask_tag):
-    """Softcap, ALiBi and mask on a row of scores; `ago` is how many positions back its first key stands."""
+def add_features(share, row, first, last, to):
+    for i in range(first, last):
+        to[i] += share * up(row[i])
+
+
+@jit
+def blend_rows(w, stride, group, rows, v_stride, apart, many, whole, out, out_stride, left, soon, soon_apart, v_tag):
+    """`blend` for any number of queries."""
+    near = NEAR // v_stride
+    for h in range(0, group, 4):
+        shares, to, some = w + h * stride, out + h * out_stride, min(4, group - h)
+        if some == 4:
+            blend(v_tag, 4, shares, stride, rows, v_stride, apart, many, whole, to, out_stride, near, left,
+                  soon, soon_apart)  # fmt: skip
+        elif some == 3:
+            blend(v_tag, 3, shares, stride, rows, v_stride, apart, many, whole, to, out_stride, near, left,
+                  soon, soon_apart)  # fmt: skip
+        elif some == 2:
+            blend(v_tag, 2, shares, stride, rows, v_stride, apart, many, whole, to, out_stride, near, left,
+                  soon, soon_apart)  # fmt: skip
+        else:
+            blend(v_tag, 1, shares, stride, rows, v_stride, apart, many, whole, to, out_stride, near, left,
+                  soon, soon_apart)  # fmt: skip
+
+
+@jit
+def adjust(row, quarter, ago, cap, slope, mask, additive, mask_tag):
+    """Softcap, ALiBi and mask on a row of scores in the order of `place_of`; `ago` is how far back its first key is."""
     count = len(row)
     if cap > 0:
-        for j in range(count):
-            row[j] = cap * tanh(row[j] / cap)
+        for i in range(count):
+            row[i] = cap * tanh(row[i] / cap)
     if slope != 0:
-        for j in range(count):
-            row[j] -= slope * nb.float32(ago - j)
+        for i in range(count):
+            row[i] -= slope * nb.float32(ago - place_of(i, quarter))
     if mask:
         marks = array(mask, count, mask_tag)
         if additive:
-            for j in range(count):
-                row[j] += up(marks[j])
+            for i in range(count):
+                row[i] += up(marks[place_of(i, quarter)])
         else:
-            for j in range(count):
-                row[j] = row[j] if marks[j] != 0 else HIDDEN
+            for i in range(count):
+                row[i] = row[i] if marks[place_of(i, quarter)] != 0 else HIDDEN
 
 
 @jit
@@ -130,11 +149,11 @@ def unseen(mask, count, mask_tag):
 
 @jit
 def chunk(q, group, d, k, k_stride, v, v_stride, dv, keys, first, last, cap, alibi, head, mask, mask_stride, additive,
-          scores, peaks, totals, out, arranged, soon, after, k_tag, mask_tag):  # fmt: skip
+          scores, peaks, totals, out, arranged, after, after_apart, k_tag, mask_tag):  # fmt: skip
     """One chunk of keys for the heads of a group: (peak, total, weighted sum of values) of each.
 
-    `arranged` has room for the queries of the group. Memory from `soon` on is asked for while keys are read, and from
-    `after` on while values are.
+    `arranged` has room for the queries of the group. As the values end, memory from `after` on is asked for, in four
+    streams `after_apart` bytes apart.
     """
     count, size = last - first, array(mask, 1, mask_tag).itemsize
     out[:] = 0
@@ -142,29 +161,16 @@ def chunk(q, group, d, k, k_stride, v, v_stride, dv, keys, first, last, cap, ali
         peaks[:], totals[:] = HIDDEN, 0
         return
     stride, weights, sums = 4 * scores.shape[1], np.int64(scores.ctypes.data), np.int64(out.ctypes.data)
-    k_at, v_at, stop = k + first * k_stride, v + first * v_stride, k + keys * k_stride
-    near = following(k_tag, count, k_stride)
-    far = count - near
-    score(q, arranged, group, d, k_at, k_stride, far, stop, weights, stride, k_at + near * k_stride, k_tag)
-    k_at += far * k_stride
-    score(q, arranged, group, d, k_at, k_stride, near, stop, weights + 4 * far, stride, soon, k_tag)
+    quarter = count // KEYS if d % 16 == 0 else 0
+    k_at, v_at, v_apart = k + first * k_stride, v + first * v_stride, quarter * v_stride
+    score(q, arranged, group, d, k_at, k_stride, count, quarter, weights, stride, v_at, v_apart, k_tag)
     slopes = array(alibi, head + group, np.float32(0))
     for h in range(group):
         slope = slopes[head + h] if alibi else nb.float32(0)
         marks = mask + h * mask_stride + first * size if mask else 0
-        adjust(scores[h, :count], keys - 1 - first, cap, slope, marks, additive, mask_tag)
+        adjust(scores[h, :count], quarter, keys - 1 - first, cap, slope, marks, additive, mask_tag)
         peaks[h], totals[h] = weigh(scores[h, :count])
-    near = following(k_tag, count, v_stride)
-    far = count - near
-    add_rows(weights, stride, group, v_at, v_stride, dv, far, sums, v_at + near * v_stride, k_tag)
-    add_rows(weights + 4 * far, stride, group, v_at + far * v_stride, v_stride, dv, near, sums, after, k_tag)
-
-
-@jit
-def following(k_tag, count, stride):
-    """The last rows of so many while which what comes after them is asked for: for the others, rows of their own."""
-    few = AHEAD // stride + KEYS
-    return count - (count - few) // KEYS * KEYS if asks_evenly(k_tag) and few < count else count
+    add_rows(weights, stride, group, v_at, v_stride, dv, count, quarter, sums, after, after_apart, k_tag)
 
 
 @jit
@@ -206,14 +212,13 @@ def pieces(part, parts, wide, k, k_strides, v, v_strides, shape, cap, mask, mask
         head, first = b * heads + kv * group, lowest + c * step
         mine, last = slice(head, head + group), min(first + step, keys)
         next_ = min(piece + 1, end - 1)
-        soon = v + b * v_strides[0] + kv * v_strides[1] + first * v_strides[2]
         after = k + next_ // chunks // kv_heads * k_strides[0] + next_ // chunks % kv_heads * k_strides[1]
         after += (lowest + next_ % chunks * step) * k_strides[2]
         marks = mask + b * mask_strides[0] + kv * group * mask_strides[1] if mask else 0
         chunk(wide[head].ctypes.data, group, d, k + b * k_strides[0] + kv * k_strides[1], k_strides[2],
               v + b * v_strides[0] + kv * v_strides[1], v_strides[2], dv, keys, first, last, cap, alibi, kv * group,
               marks, mask_strides[1], additive, scores, peaks[c, mine], totals[c, mine], sums[c, mine],
-              arranged.ctypes.data, soon, after, k_tag, mask_tag)  # fmt: skip
+              arranged.ctypes.data, after, step // KEYS * k_strides[2], k_tag, mask_tag)  # fmt: skip
 
 
 share_pieces = shared(pieces)

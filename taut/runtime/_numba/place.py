@@ -11,7 +11,7 @@ from taut.ops._numba.caches import KEYS
 from taut.ops._numba.decode import HIDDEN, chunk, merge
 from taut.ops._numba.formats import BFLOAT16, FLOAT16, FLOAT32, INT4_HALF, INT8
 from taut.ops._numba.kernels import Address, invoke, jit, kernel, record
-from taut.ops._numba.rows import fetch, fetch_all
+from taut.ops._numba.rows import NEAR, fetch, fetch_all
 from taut.ops._numba.scalar import array, down, span, up
 from taut.runtime._numba.dense import floats, scaled, statistics
 from taut.runtime._numba.table import ATTENTION, STEP
@@ -150,7 +150,7 @@ def attend_to(tag: Any) -> Address:
     """What attends to one chunk of keys in a cache of the tag's type."""
 
     @kernel
-    def attend_chunk(attention, t, kv, c, lowest, step, position, slot, q, scratch, soon, after):
+    def attend_chunk(attention, t, kv, c, lowest, step, position, slot, q, scratch, after, after_apart):
         a = record(attention, ATTENTION)
         group, place = a.heads // a.kv_heads, t * a.heads + kv * (a.heads // a.kv_heads)
         first, size = lowest + c * step, array(a.keys, 1, tag).itemsize
@@ -163,7 +163,7 @@ def attend_to(tag: Any) -> Address:
         k, v = a.keys + slot * a.keys_slot + kv * a.keys_head, a.values + slot * a.values_slot + kv * a.values_head
         chunk(q, group, a.d, k, a.d * size, v, a.dv * size, a.dv, position + 1, first, last, nb.float32(a.cap),
               a.alibi, kv * group, 0, 0, False, scores, peaks, totals, sums, arranged,
-              soon, after, tag, np.uint8(0))  # fmt: skip
+              after, after_apart, tag, np.uint8(0))  # fmt: skip
         for h in range(group):
             at = (place + h) * a.chunks + c
             floats(a.peaks + 4 * at, 1)[0] = peaks[h]
@@ -224,12 +224,12 @@ def attend(_step, attention, rows, _tokens, positions, slots, scratch, part, par
     for t in range(rows):
         lowest, step, chunks = chunks_of(a, positions[t])
         for piece in range(max(begin - before, 0), min(end - before, a.kv_heads * chunks)):
-            kv, c, following = piece // chunks, piece % chunks, piece + 1
-            soon, after = places(a, kv, c, lowest, step, positions[t], slots[t])[2], next_
-            q = queries + t * a.turned_stride + 4 * kv * group * a.d
+            kv, c, following, after, apart = piece // chunks, piece % chunks, piece + 1, next_, NEAR
             if before + following < end and following < a.kv_heads * chunks:
-                after = places(a, following // chunks, following % chunks, lowest, step, positions[t], slots[t])[0]
-            invoke(a.chunk, (attention, t, kv, c, lowest, step, positions[t], slots[t], q, room, soon, after))
+                found = places(a, following // chunks, following % chunks, lowest, step, positions[t], slots[t])
+                after, apart = found[0], found[1] // KEYS
+            q = queries + t * a.turned_stride + 4 * kv * group * a.d
+            invoke(a.chunk, (attention, t, kv, c, lowest, step, positions[t], slots[t], q, room, after, apart))
         before += a.kv_heads * chunks
 
 

@@ -52,7 +52,7 @@ def weights_part(part, parts, scores, rows, keys, start, first, last, scale, cap
         for i in range(len(seen)):
             seen[i] *= nb.float32(scale)
         slope = floats(alibi, heads)[h] if alibi else nb.float32(0)
-        adjust(seen, last[t] - first[t], nb.float32(cap), slope, 0, False, np.uint8(0))
+        adjust(seen, 0, last[t] - first[t], nb.float32(cap), slope, 0, False, np.uint8(0))
         top, total = weigh(seen)
         if sinks:
             total += exp(floats(sinks, heads)[h] - top)
