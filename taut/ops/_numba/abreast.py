@@ -7,6 +7,7 @@ the processor follows the streams of addresses as fast as it reads. `ops/_weight
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
@@ -38,9 +39,11 @@ from taut.ops._weights import INPUTS
 STREAMS = 4
 """Blocks that are read side by side: the hardware follows several streams, each a little way ahead. With many registers
 several tokens read one stream and ask far ahead of it."""
-SPAN, CHAINS = (64, 4) if ROOMY else (8, 1)
+SPAN, CHAINS = 64, 4 if ROOMY else 1
 """Rounds after which sums are added to a total, since a long sum loses digits and other streams wait, and sums of a
 product."""
+PAIRED = 4
+"""Tokens up to which, where registers are few, two by two are multiplied with two blocks at a time."""
 TOKENS, FEW = 6, 3
 """Tokens at a time, and those for which every second line is asked for: who multiplies by more reads on too late to be
 given the rest."""
@@ -56,20 +59,40 @@ def turn(_typing, tag, blocks, tokens, w, w_stride, stop, after, x, x_stride, ro
     wide, many, kind = blocks.literal_value, tokens.literal_value, types.unliteral(tag)
     number = BITS[kind] // 8
     parts = list(product(range(wide), range(0, LANES, WIDTH)))
+    step = 2 if kind == types.uint16 else 1
 
     def inputs_at(builder: Any, place: Any) -> list[Any]:
-        """Each input of a round, of the rows that a register holds."""
-        places = [at(builder, place, (n, LANES * number)) for n in range(INPUTS)]
-        if kind == types.uint16:
-            return [value for pair in places[::2] for value in even_and_odd(builder, pair)]
-        return [load(builder, one, kind, WIDTH) for one in places]
+        """`step` inputs of the rows that a register holds."""
+        return even_and_odd(builder, place) if step == 2 else [load(builder, place, kind, WIDTH)]
+
+    def shared_at(builder: Any, place: Any) -> list[Any]:
+        """`step` inputs of a token, each in all lanes."""
+        ones = [load(builder, at(builder, place, (i, 4)), types.float32, 1) for i in range(step)]
+        return [broadcast(builder, one, WIDTH) for one in ones]
+
+    def pairs(builder: Any, inputs: list[Any], rows: list[Any]) -> Iterator[tuple[int, int, list[Any], list[Any]]]:
+        """(token, row, what both hold) for each of a few tokens with each row, or for all rows with each token.
+
+        Rows are loaded one by one for a few tokens: the compiler would load all that it can at once, for which there
+        are no registers. A fence of one thread is no instruction.
+        """
+        if many < len(rows):
+            seen = [shared_at(builder, place) for place in inputs]
+            for j, place in enumerate(rows):
+                builder.fence("acq_rel", "singlethread")
+                values = inputs_at(builder, place)
+                yield from ((t, j, x, values) for t, x in enumerate(seen))
+        else:
+            found = [inputs_at(builder, place) for place in rows]
+            for t, place in enumerate(inputs):
+                x = shared_at(builder, place)
+                yield from ((t, j, x, values) for j, values in enumerate(found))
 
     def generate(context, builder, _signature, args):
         _, _, _, w, w_stride, stop, after, x, x_stride, rounds, out, out_stride = args
         vector, size = ir.VectorType(FLOAT, WIDTH), INPUTS * LANES * number
         sums = [[zeros(builder, vector, CHAINS) for _ in parts] for _ in range(many)]
-        step = number if kind != types.uint16 else 2 * number
-        begin = [at(builder, w, (b, w_stride), (part, step)) for b, part in parts]
+        begin = [at(builder, w, (b, w_stride), (part, step * number)) for b, part in parts]
         tokens_at = [at(builder, x, (t, x_stride)) for t in range(many)]
         ahead = further(builder, w, stop, after)
         with rolled(builder, ir.Constant(WORD, 0), rounds) as index:
@@ -79,12 +102,12 @@ def turn(_typing, tag, blocks, tokens, w, w_stride, stop, after, x, x_stride, ro
             elif ROOMY:
                 soon = of_a_pair(builder, at(builder, ahead, (index, size)))
                 prefetch(builder, soon, size // LINE, every=2 if many <= FEW else 1)
-            found = [inputs_at(builder, at(builder, place, (index, size))) for place in begin]
-            for n, values in enumerate(zip(*found, strict=True)):
-                for place, into in zip(tokens_at, sums, strict=True):
-                    one = load(builder, at(builder, place, (index, 4 * INPUTS), (n, 4)), types.float32, 1)
-                    for value, chains in zip(values, into, strict=True):
-                        multiply_add(builder, chains[n % CHAINS], value, broadcast(builder, one, WIDTH))
+            for n in range(0, INPUTS, step):
+                rows = [at(builder, place, (index, size), (n, LANES * number)) for place in begin]
+                inputs = [at(builder, place, (index, 4 * INPUTS), (n, 4)) for place in tokens_at]
+                for t, j, x, values in pairs(builder, inputs, rows):
+                    for i in range(step):
+                        multiply_add(builder, sums[t][j][(n + i) % CHAINS], values[i], x[i])
         for t, into in enumerate(sums):
             for (b, part), chains in zip(parts, into, strict=True):
                 place = at(builder, out, (t, out_stride), (b * LANES + part, 4))
@@ -128,12 +151,14 @@ def abreast(w, x, x_stride, tokens, k, first, last, out, out_stride, after, tag)
 @jit
 def turns(w, w_stride, blocks, stop, after, x, x_stride, tokens, rounds, out, out_stride, tag):
     """`turn` for up to STREAMS blocks and any number of tokens."""
-    if tokens == 1 and blocks == STREAMS:
+    while blocks == STREAMS and 2 <= tokens <= PAIRED:
+        for b in range(0, STREAMS, 2):
+            here, to = w + b * w_stride, out + b * 4 * LANES
+            turn(tag, 2, 2, here, w_stride, stop, after, x, x_stride, rounds, to, out_stride)
+        x, out, tokens = x + 2 * x_stride, out + 2 * out_stride, tokens - 2
+    if blocks == STREAMS and tokens == 1:
         return turn(tag, STREAMS, 1, w, w_stride, stop, after, x, x_stride, rounds, out, out_stride)
-    while tokens == 2 and blocks >= 2:
-        turn(tag, 2, 2, w, w_stride, stop, after, x, x_stride, rounds, out, out_stride)
-        w, out, blocks = w + 2 * w_stride, out + 8 * LANES, blocks - 2
-    for b in range(blocks):
+    for b in range(blocks if tokens else 0):
         to = out + b * 4 * LANES
         block_turns(w + b * w_stride, w_stride, stop, after, x, x_stride, tokens, rounds, to, out_stride, tag)
 
