@@ -105,5 +105,5 @@ def test_decode_of_any_width_and_group_errs_at_most_twice_as_much_as_plain_code(
         exact = attention(q.double(), k.double(), v.double(), impl="reference")
         plain = attention(q, k, v, impl="reference")
         fast = attention(q, k, v, impl="numba")
-        errors = [(y.double() - exact).norm() / exact.norm() for y in (fast, plain)]
-        assert errors[0] <= 2 * errors[1] + torch.finfo(dtype).eps
+        errors = [(y.double() - exact).abs().max() for y in (fast, plain)]
+        assert errors[0] <= 2 * errors[1] + torch.finfo(dtype).eps * exact.abs().max()

@@ -29,6 +29,7 @@ from taut.ops._numba.simd import (
     at,
     broadcast,
     load,
+    loads_follow,
     multiply_add,
     rolled,
     store,
@@ -71,15 +72,11 @@ def turn(_typing, tag, blocks, tokens, w, w_stride, stop, after, x, x_stride, ro
         return [broadcast(builder, one, WIDTH) for one in ones]
 
     def pairs(builder: Any, inputs: list[Any], rows: list[Any]) -> Iterator[tuple[int, int, list[Any], list[Any]]]:
-        """(token, row, what both hold) for each of a few tokens with each row, or for all rows with each token.
-
-        Rows are loaded one by one for a few tokens: the compiler would load all that it can at once, for which there
-        are no registers. A fence of one thread is no instruction.
-        """
+        """(token, row, what both hold) for each of a few tokens with each row, or for all rows with each token."""
         if many < len(rows):
             seen = [shared_at(builder, place) for place in inputs]
             for j, place in enumerate(rows):
-                builder.fence("acq_rel", "singlethread")
+                loads_follow(builder)
                 values = inputs_at(builder, place)
                 yield from ((t, j, x, values) for t, x in enumerate(seen))
         else:

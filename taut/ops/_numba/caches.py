@@ -13,7 +13,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from taut.ops._numba.rows import LINE, indices, prefetch, walk
+from taut.ops._numba.rows import LINE, ask, indices, walk
 from taut.ops._numba.scalar import FLOAT, INT32, intrinsic, splat
 from taut.ops._numba.simd import (
     BITS,
@@ -25,6 +25,7 @@ from taut.ops._numba.simd import (
     at,
     broadcast,
     load,
+    loads_follow,
     multiply_add,
     rolled,
     store,
@@ -146,7 +147,8 @@ def products(
     def block(start: Any, rest: Any | None) -> None:
         count = 2 if rest is None else 1
         places = [at(builder, row, (start, size)) for row in rows]
-        ask(builder, [at(builder, row, (start, size)) for row in ahead], count * WIDTH * size)
+        for row in ahead:
+            ask(builder, at(builder, row, (start, size)), max(count * WIDTH * size // LINE, 1))
         for n in range(count):
             values = [load(builder, at(builder, x, (start, 4), (n, 4 * WIDTH)), types.float32, WIDTH) for x in inputs]
             for j, place in enumerate(places):
@@ -158,18 +160,9 @@ def products(
     return [[builder.load(total) for total in row] for row in sums]
 
 
-def ask(builder: Any, places: list[Any], size: int) -> None:
-    """Ask for so many bytes at each place, where that serves: not without AVX-512."""
-    for place in places if ROOMY else []:
-        prefetch(builder, place, max(size // LINE, 1))
-
-
 def part_of(builder: Any, place: Any, tag: types.Type, n: int, count: int) -> Any:
-    """The n-th of `count` vectors of stored values; of every two of bfloat16 the even ones, then the odd ones.
-
-    It is loaded here and not before: the compiler would load all that it can at once, for which there are no registers.
-    """
-    builder.fence("acq_rel", "singlethread")
+    """The n-th of `count` vectors of stored values; of every two of bfloat16 the even ones, then the odd ones."""
+    loads_follow(builder)
     if in_pairs(tag) and count % 2 == 0:
         return even_and_odd(builder, at(builder, place, (n // 2, 2 * PAIR)))[n % 2]
     return load(builder, at(builder, place, (n, WIDTH * BITS[tag] // 8)), tag, WIDTH)
@@ -203,7 +196,8 @@ def blend(_typing, tag, count, weights, stride, rows, row_stride, apart, many_ro
         def add_row(row: Any, start: Any, sums: list[list[Any]]) -> None:
             """One row of each stream."""
             places = [at(builder, rows, (row, row_stride), (n, apart), (start, size)) for n in range(KEYS)]
-            ask(builder, soon_at(row, start), len(sums[0]) * WIDTH * size)
+            for place in soon_at(row, start):
+                ask(builder, place, max(len(sums[0]) * WIDTH * size // LINE, 1))
             for n, place in enumerate(places):
                 of = [at(builder, weights, (row, 4 * KEYS), (t, stride), (n, 4)) for t in range(many)]
                 shares = [broadcast(builder, load(builder, one, types.float32, 1), WIDTH) for one in of]

@@ -76,10 +76,15 @@ def prefetch(builder: Any, address: Any, count: int, every: int = 1) -> None:
         call(builder, "llvm.prefetch.p0", ir.VoidType(), line_at, *how)
 
 
-def ask_near(builder: Any, place: Any, count: int) -> None:
-    """Ask for lines of one of several streams, a little way ahead, where that serves: not without AVX-512."""
+def ask(builder: Any, place: Any, count: int) -> None:
+    """Ask for lines of one of several streams where that serves: not without AVX-512."""
     if ROOMY:
-        prefetch(builder, at(builder, place, (1, NEAR)), count)
+        prefetch(builder, place, count)
+
+
+def ask_near(builder: Any, place: Any, count: int) -> None:
+    """The same, for those that follow a place a little way ahead."""
+    ask(builder, at(builder, place, (1, NEAR)), count)
 
 
 def further(builder: Any, place: Any, stop: Any, after: Any) -> Any:
@@ -159,7 +164,7 @@ def dense_products(
             for row, value in zip(sums, values, strict=True):
                 multiply_add(builder, row[t][chain], value, seen)
 
-    def ask(start: Any) -> None:
+    def ask_after(start: Any) -> None:
         if ahead is None:
             for row in rows:
                 ask_near(builder, at(builder, row, (start, size)), STEP * size // LINE)
@@ -178,7 +183,7 @@ def dense_products(
                 add(here, n // LANES % CHAINS, [widen(builder, values, tag) for values in some])
 
     def block(start: Any, count: Any | None) -> None:
-        ask(start)
+        ask_after(start)
         if count is not None:
             return rest(start, count)
         with rolled(builder, start, at(builder, start, (STEP, 1)), at_once) as these:

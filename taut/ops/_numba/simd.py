@@ -41,6 +41,14 @@ def multiply_add(builder: Any, total: Any, a: Any, b: Any) -> None:
     builder.store(builder.fadd(builder.load(total), product, flags=FUSE), total)
 
 
+def loads_follow(builder: Any) -> None:
+    """Keep the loads that come now behind those before, by a fence of one thread, which is no instruction.
+
+    The compiler would load all that it can at once, for which there are no registers.
+    """
+    builder.fence("acq_rel", "singlethread")
+
+
 def zeros(builder: Any, kind: ir.Type, count: int) -> list[Any]:
     totals = [cgutils.alloca_once(builder, kind) for _ in range(count)]
     for total in totals:
