@@ -38,24 +38,25 @@ from taut.ops._numba.simd import (
 from taut.ops._weights import INPUTS
 
 STREAMS = 4
-"""Blocks that are read side by side: the hardware follows several streams, each a little way ahead. With many registers
-several tokens read one stream and ask far ahead of it."""
+"""Blocks far apart that are read side by side: the hardware follows several streams, each a little way ahead, until it
+comes to their end."""
 SPAN, CHAINS = 64, 4 if ROOMY else 1
 """Rounds after which sums are added to a total, since a long sum loses digits and other streams wait, and sums of a
 product."""
 PAIRED = 4
-"""Tokens up to which, where registers are few, two by two are multiplied with two blocks at a time."""
+"""Tokens up to which, where registers are few, two by two are multiplied with two blocks at a time. More, and several
+where registers are many, read one stream."""
 TOKENS, FEW = 6, 3
 """Tokens at a time, and those for which every second line is asked for: who multiplies by more reads on too late to be
 given the rest."""
 
 
 @intrinsic(prefer_literal=True)
-def turn(_typing, tag, blocks, tokens, w, w_stride, stop, after, x, x_stride, rounds, out, out_stride):
+def turn(_typing, tag, blocks, tokens, w, apart, stop, after, x, x_stride, rounds, out, out_apart, out_stride):
     """out[t, 16 b + j] += (row j of block b) . x[t] for a constant number of blocks and `tokens`, and so many rounds.
 
-    Blocks are `w_stride` bytes apart; x is float32. A round takes INPUTS numbers of it. Asks meanwhile for the memory
-    that follows, as `tile` of rows.py, where that serves.
+    Blocks are `apart` bytes from each other, and their products `out_apart`; x is float32. A round takes INPUTS numbers
+    of it. Asks meanwhile for the memory that follows: for one token in each stream, for more as `tile` of rows.py.
     """
     wide, many, kind = blocks.literal_value, tokens.literal_value, types.unliteral(tag)
     number = BITS[kind] // 8
@@ -86,16 +87,16 @@ def turn(_typing, tag, blocks, tokens, w, w_stride, stop, after, x, x_stride, ro
                 yield from ((t, j, x, values) for j, values in enumerate(found))
 
     def generate(context, builder, _signature, args):
-        _, _, _, w, w_stride, stop, after, x, x_stride, rounds, out, out_stride = args
+        _, _, _, w, apart, stop, after, x, x_stride, rounds, out, out_apart, out_stride = args
         vector, size = ir.VectorType(FLOAT, WIDTH), INPUTS * LANES * number
         sums = [[zeros(builder, vector, CHAINS) for _ in parts] for _ in range(many)]
-        begin = [at(builder, w, (b, w_stride), (part, step * number)) for b, part in parts]
+        begin = [at(builder, w, (b, apart), (part, step * number)) for b, part in parts]
         tokens_at = [at(builder, x, (t, x_stride)) for t in range(many)]
         ahead = further(builder, w, stop, after)
         with rolled(builder, ir.Constant(WORD, 0), rounds) as index:
             if many == 1:
                 for place in begin[:: LANES // WIDTH]:
-                    ask_near(builder, at(builder, place, (index, size)), size // LINE)
+                    ask_near(builder, kind, at(builder, place, (index, size)), size // LINE)
             elif ROOMY:
                 soon = of_a_pair(builder, at(builder, ahead, (index, size)))
                 prefetch(builder, soon, size // LINE, every=2 if many <= FEW else 1)
@@ -107,12 +108,20 @@ def turn(_typing, tag, blocks, tokens, w, w_stride, stop, after, x, x_stride, ro
                         multiply_add(builder, sums[t][j][(n + i) % CHAINS], values[i], x[i])
         for t, into in enumerate(sums):
             for (b, part), chains in zip(parts, into, strict=True):
-                place = at(builder, out, (t, out_stride), (b * LANES + part, 4))
+                place = at(builder, out, (t, out_stride), (b, out_apart), (part, 4))
                 sum_ = tree(builder, [builder.load(chain) for chain in chains])
                 store(builder, builder.fadd(load(builder, place, types.float32, WIDTH), sum_, flags=FUSE), place)
         return context.get_dummy_value()
 
-    return types.void(tag, blocks, tokens, *[types.int64] * 9), generate
+    return types.void(tag, blocks, tokens, *[types.int64] * 10), generate
+
+
+@jit
+def streams_of(tokens):
+    """How many blocks are read side by side for so many tokens."""
+    if tokens == 1:
+        return STREAMS
+    return 2 if tokens <= PAIRED and not ROOMY else 1
 
 
 @jit
@@ -136,43 +145,45 @@ def abreast(w, x, x_stride, tokens, k, first, last, out, out_stride, after, tag)
     stop = begin + blocks * rounds * size
     for t in range(tokens):
         array(out + t * out_stride, blocks * LANES, np.float32(0))[:] = 0
-    streams = 1 if asks_ahead(tokens) else STREAMS
-    for low in range(0, blocks, streams):
-        high = min(low + streams, blocks)
+    apart = (blocks + streams_of(tokens) - 1) // streams_of(tokens)
+    for low in range(apart):
+        side_by_side = (blocks - low + apart - 1) // apart
         for start in range(0, rounds, SPAN):
             here, seen = begin + (low * rounds + start) * size, x + start * 4 * INPUTS
-            turns(here, rounds * size, high - low, stop, after, seen, x_stride, tokens, min(SPAN, rounds - start),
-                  out + low * 4 * LANES, out_stride, tag)  # fmt: skip
+            turns(side_by_side, tokens, here, apart * rounds * size, stop, after, seen, x_stride,
+                  min(SPAN, rounds - start), out + low * 4 * LANES, apart * 4 * LANES, out_stride, tag)  # fmt: skip
 
 
 @jit
-def turns(w, w_stride, blocks, stop, after, x, x_stride, tokens, rounds, out, out_stride, tag):
-    """`turn` for up to STREAMS blocks and any number of tokens."""
-    while blocks == STREAMS and 2 <= tokens <= PAIRED:
-        for b in range(0, STREAMS, 2):
-            here, to = w + b * w_stride, out + b * 4 * LANES
-            turn(tag, 2, 2, here, w_stride, stop, after, x, x_stride, rounds, to, out_stride)
-        x, out, tokens = x + 2 * x_stride, out + 2 * out_stride, tokens - 2
-    if blocks == STREAMS and tokens == 1:
-        return turn(tag, STREAMS, 1, w, w_stride, stop, after, x, x_stride, rounds, out, out_stride)
-    for b in range(blocks if tokens else 0):
-        to = out + b * 4 * LANES
-        block_turns(w + b * w_stride, w_stride, stop, after, x, x_stride, tokens, rounds, to, out_stride, tag)
+def turns(blocks, tokens, w, apart, stop, after, x, x_stride, rounds, out, out_apart, out_stride, tag):
+    """`turn` for the blocks of up to STREAMS streams and any number of tokens."""
+    if blocks == 4:
+        turn(tag, 4, 1, w, apart, stop, after, x, x_stride, rounds, out, out_apart, out_stride)
+    elif blocks == 3:
+        turn(tag, 3, 1, w, apart, stop, after, x, x_stride, rounds, out, out_apart, out_stride)
+    elif blocks == 2:
+        while tokens >= 2:
+            turn(tag, 2, 2, w, apart, stop, after, x, x_stride, rounds, out, out_apart, out_stride)
+            x, out, tokens = x + 2 * x_stride, out + 2 * out_stride, tokens - 2
+        if tokens:
+            turn(tag, 2, 1, w, apart, stop, after, x, x_stride, rounds, out, out_apart, out_stride)
+    elif blocks == 1:
+        block_turns(tokens, w, stop, after, x, x_stride, rounds, out, out_stride, tag)
 
 
 @jit
-def block_turns(w, w_stride, stop, after, x, x_stride, tokens, rounds, out, out_stride, tag):
+def block_turns(tokens, w, stop, after, x, x_stride, rounds, out, out_stride, tag):
     """`turn` of one block for any number of tokens."""
     while tokens >= TOKENS:
-        turn(tag, 1, TOKENS, w, w_stride, stop, after, x, x_stride, rounds, out, out_stride)
+        turn(tag, 1, TOKENS, w, 0, stop, after, x, x_stride, rounds, out, 0, out_stride)
         x, out, tokens = x + TOKENS * x_stride, out + TOKENS * out_stride, tokens - TOKENS
     if tokens == 5:
-        turn(tag, 1, 5, w, w_stride, stop, after, x, x_stride, rounds, out, out_stride)
+        turn(tag, 1, 5, w, 0, stop, after, x, x_stride, rounds, out, 0, out_stride)
     elif tokens == 4:
-        turn(tag, 1, 4, w, w_stride, stop, after, x, x_stride, rounds, out, out_stride)
+        turn(tag, 1, 4, w, 0, stop, after, x, x_stride, rounds, out, 0, out_stride)
     elif tokens == 3:
-        turn(tag, 1, 3, w, w_stride, stop, after, x, x_stride, rounds, out, out_stride)
+        turn(tag, 1, 3, w, 0, stop, after, x, x_stride, rounds, out, 0, out_stride)
     elif tokens == 2:
-        turn(tag, 1, 2, w, w_stride, stop, after, x, x_stride, rounds, out, out_stride)
+        turn(tag, 1, 2, w, 0, stop, after, x, x_stride, rounds, out, 0, out_stride)
     elif tokens == 1:
-        turn(tag, 1, 1, w, w_stride, stop, after, x, x_stride, rounds, out, out_stride)
+        turn(tag, 1, 1, w, 0, stop, after, x, x_stride, rounds, out, 0, out_stride)

@@ -148,7 +148,7 @@ def products(
         count = 2 if rest is None else 1
         places = [at(builder, row, (start, size)) for row in rows]
         for row in ahead:
-            ask(builder, at(builder, row, (start, size)), max(count * WIDTH * size // LINE, 1))
+            ask(builder, tag, at(builder, row, (start, size)), max(count * WIDTH * size // LINE, 1))
         for n in range(count):
             values = [load(builder, at(builder, x, (start, 4), (n, 4 * WIDTH)), types.float32, WIDTH) for x in inputs]
             for j, place in enumerate(places):
@@ -197,7 +197,7 @@ def blend(_typing, tag, count, weights, stride, rows, row_stride, apart, many_ro
             """One row of each stream."""
             places = [at(builder, rows, (row, row_stride), (n, apart), (start, size)) for n in range(KEYS)]
             for place in soon_at(row, start):
-                ask(builder, place, max(len(sums[0]) * WIDTH * size // LINE, 1))
+                ask(builder, kind, place, max(len(sums[0]) * WIDTH * size // LINE, 1))
             for n, place in enumerate(places):
                 of = [at(builder, weights, (row, 4 * KEYS), (t, stride), (n, 4)) for t in range(many)]
                 shares = [broadcast(builder, load(builder, one, types.float32, 1), WIDTH) for one in of]

@@ -36,7 +36,7 @@ from taut.ops._numba.simd import (
 
 ROWS, CHAINS, STEP = 4, 2 if ROOMY else 1, 64
 """Rows of a tile, vectors in which a product is collected by turns, and inputs for which memory is asked at once."""
-AHEAD, NEAR, LINE = 12288, 1024, 64
+AHEAD, NEAR, LINE = 12288, 1024 if ROOMY else 384, 64
 """How far ahead to ask for memory, in bytes, of one stream, which the hardware alone loses at the end of every page,
 and of several; and the bytes of a line."""
 READ, SECOND_LEVEL, DATA = 0, 2, 1
@@ -76,15 +76,18 @@ def prefetch(builder: Any, address: Any, count: int, every: int = 1) -> None:
         call(builder, "llvm.prefetch.p0", ir.VoidType(), line_at, *how)
 
 
-def ask(builder: Any, place: Any, count: int) -> None:
-    """Ask for lines of one of several streams where that serves: not without AVX-512."""
-    if ROOMY:
+def ask(builder: Any, tag: types.Type, place: Any, count: int) -> None:
+    """Ask for lines of one of several streams where that serves.
+
+    Registers of AVX2 take float32 in so few instructions that the processor looks far enough ahead without.
+    """
+    if ROOMY or tag != types.float32:
         prefetch(builder, place, count)
 
 
-def ask_near(builder: Any, place: Any, count: int) -> None:
+def ask_near(builder: Any, tag: types.Type, place: Any, count: int) -> None:
     """The same, for those that follow a place a little way ahead."""
-    ask(builder, at(builder, place, (1, NEAR)), count)
+    ask(builder, tag, at(builder, place, (1, NEAR)), count)
 
 
 def further(builder: Any, place: Any, stop: Any, after: Any) -> Any:
@@ -167,7 +170,7 @@ def dense_products(
     def ask_after(start: Any) -> None:
         if ahead is None:
             for row in rows:
-                ask_near(builder, at(builder, row, (start, size)), STEP * size // LINE)
+                ask_near(builder, tag, at(builder, row, (start, size)), STEP * size // LINE)
             return
         soon, lines = at(builder, ahead, (start, size * len(rows))), STEP * size * len(rows) // LINE
         if size == 1 or len(rows) > 1:  # read in more parts, or more streams, than the hardware follows
