@@ -15,10 +15,8 @@ from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
-from taut.runtime.packing import Segment
 from taut.runtime.runner import Runner
 from taut.runtime.steps import Attend, Program, Step, Torch
 
@@ -106,16 +104,12 @@ class _Clock(Runner):
 
     def times(self, position: int) -> list[float]:
         """Seconds of every step of the program."""
-        zero = torch.zeros(1, dtype=torch.long)
-        rows, segments = self._take(zero, zero + position, zero), iter(self.packed.segments)
+        rows, segments = self._take([0], [position], [0]), iter(self.packed.segments)
         found = []
         for step in self.program.steps:
             start = time.perf_counter()
             for segment in itertools.islice(segments, ATTEND if isinstance(step, Attend) else 1):
-                if isinstance(segment, Segment):
-                    self._play(segment, rows)
-                else:
-                    self._torch(segment, rows)
+                self._play(segment, rows)
             found.append(time.perf_counter() - start)
         return found
 

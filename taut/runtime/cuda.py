@@ -12,8 +12,8 @@ from taut.checkpoint.errors import BadInput
 from taut.ops.sample import sample
 from taut.runtime.placed import ON_CPU, check_formats, check_room, dtype_of, matrices, placed
 from taut.runtime.plain import Caches, PlainRunner
-from taut.runtime.runner import CACHE_DTYPES, check_rows, vocabulary, weight_bytes
-from taut.runtime.sampling import Sampling
+from taut.runtime.runner import CACHE_DTYPES, checked_rows, vocabulary, weight_bytes
+from taut.runtime.sampling import Ints, Sampling, as_list
 from taut.runtime.steps import Attend, Embed, Norm, Program, Step, Torch
 
 GRAPHS = 16
@@ -58,18 +58,18 @@ class CudaRunner:
         self.ahead = Ahead(self)
 
     @torch.no_grad()
-    def run(self, tokens: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
+    def run(self, tokens: Ints, positions: Ints, slots: Ints) -> Tensor:
         """Float32 logits (rows, vocabulary) on the device, which the next run overwrites.
 
-        Row i puts `tokens[i]` at `positions[i]` of the sequence in slot `slots[i]`; all three are int64 (rows,), no
-        slot twice. Raises BadInput for what lies outside of the program's bounds.
+        Row i puts `tokens[i]` at `positions[i]` of the sequence in slot `slots[i]`, no slot twice. Raises BadInput for
+        what lies outside of the program's bounds.
         """
         with self.here:
             rows = self.put(tokens, positions, slots)
             self.play(rows, None)
         return self.kernels.logits[:rows]
 
-    def draw(self, tokens: Tensor, positions: Tensor, slots: Tensor, how: Sampling) -> list[int]:
+    def draw(self, tokens: Ints, positions: Ints, slots: Ints, how: Sampling) -> list[int]:
         """The same, and the token that follows in each row, drawn on the device."""
         with self.here:
             return self.ahead.draw(tokens, positions, slots, how)
@@ -81,14 +81,14 @@ class CudaRunner:
         seen = sum(width * (at + 1 - (first[at] if first else 0)) for width, first in attends for at in positions)
         return weights + row * len(positions) + size * seen
 
-    def put(self, tokens: Tensor, positions: Tensor, slots: Tensor) -> int:
+    def put(self, *given: Ints) -> int:
         """Tell the device what the rows are; what fills a batch up to its graph's size repeats the first row."""
-        limits = self.vocabulary, self.program.max_length, self.max_batch
-        rows = check_rows((tokens, positions, slots), limits)
+        lists = checked_rows(given, (self.vocabulary, self.program.max_length, self.max_batch))
+        rows = len(lists[0])
         size = self.size(rows)
-        self.furthest = int(positions.max())
-        given = torch.stack((tokens, positions, slots))
-        self.rows[:, :size] = torch.cat((given, given[:, :1].expand(3, size - rows)), 1).to(self.device)
+        self.furthest = max(lists[1])
+        filled = [values + values[:1] * (size - rows) for values in lists]
+        self.rows[:, :size] = torch.tensor(filled).to(self.device)
         return rows
 
     def size(self, rows: int) -> int:
@@ -196,20 +196,21 @@ class Ahead:
         self.turn, self.started = 0, None
 
     @torch.no_grad()
-    def draw(self, tokens: Tensor, positions: Tensor, slots: Tensor, how: Sampling) -> list[int]:
-        runner, asked = self.runner, (tokens.tolist(), positions.tolist(), slots.tolist(), how)
+    def draw(self, tokens: Ints, positions: Ints, slots: Ints, how: Sampling) -> list[int]:
+        runner, places = self.runner, as_list(positions)
+        asked = as_list(tokens), places, as_list(slots), how
         if asked != self.started:
-            runner.put(tokens, positions, slots)
+            runner.put(tokens, places, slots)
             self._start(len(tokens), how)
         turn, rows = self.turn, len(tokens)
-        self.started, goes_on = None, int(positions.max()) + 1 < runner.program.max_length
+        self.started, goes_on = None, max(places) + 1 < runner.program.max_length
         if goes_on and runner.capture:
             self._start(rows, how)
         if self.done:
             self.done[turn].synchronize()
         drawn = self.found[turn][:rows].tolist()
         if goes_on and runner.capture:
-            self.started = drawn, [place + 1 for place in asked[1]], asked[2], how
+            self.started = drawn, [place + 1 for place in places], asked[2], how
         return drawn
 
     def _start(self, rows: int, how: Sampling) -> None:

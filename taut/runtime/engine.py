@@ -82,30 +82,33 @@ class Engine:
 
         The next call overwrites them. Raises BadInput for ids out of range and slots that are full or given twice.
         """
-        rows = self._rows(tokens, list(range(len(tokens))) if slots is None else list(slots))
+        rows = self._rows(_long(tokens).tolist(), list(range(len(tokens))) if slots is None else list(slots))
         logits = self.runner.run(*rows)
         self._grow(rows[2])
         return logits
 
-    def _follow(self, tokens: Ids, slots: Sequence[int], how: Sampling) -> list[int]:
+    def _follow(self, tokens: list[int], slots: list[int], how: Sampling) -> list[int]:
         """The same, and a token drawn for each row."""
-        rows = self._rows(tokens, list(slots))
+        rows = self._rows(tokens, slots)
         drawn = self.runner.draw(*rows, how)
-        self._grow(rows[2])
+        self._grow(slots)
         return drawn
 
-    def _rows(self, tokens: Ids, places: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens, positions and slots of a step."""
-        if len(tokens) > self.max_batch or len(tokens) != len(places) or len(set(places)) < len(places):
-            cause = f"{len(tokens)} tokens for slots {places}, where {self.max_batch} slots are"
-            raise BadInput(cause, "give each slot one token, or compile with a larger max_batch")
-        rows = torch.tensor(
-            [self._checked(token[None], slot)[0] for token, slot in zip(_long(tokens), places, strict=True)]
-        )
-        return rows, torch.tensor([self.lengths[slot] for slot in places]), torch.tensor(places)
+    def _rows(self, tokens: list[int], slots: list[int]) -> tuple[list[int], list[int], list[int]]:
+        """Tokens, positions and slots of a step.
 
-    def _grow(self, slots: Tensor) -> None:
-        for slot in slots.tolist():
+        Lists, for which nothing of torch must come into a cache that holds weights.
+        """
+        if len(tokens) > self.max_batch or len(tokens) != len(slots) or len(set(slots)) < len(slots):
+            cause = f"{len(tokens)} tokens for slots {slots}, where {self.max_batch} slots are"
+            raise BadInput(cause, "give each slot one token, or compile with a larger max_batch")
+        for token, slot in zip(tokens, slots, strict=True):
+            self._check_slot(slot)
+            self._check_room(token, token, 1, slot)
+        return tokens, [self.lengths[slot] for slot in slots], slots
+
+    def _grow(self, slots: list[int]) -> None:
+        for slot in slots:
             self.lengths[slot] += 1
 
     def reset(self, slot: int | None = None) -> None:
@@ -148,7 +151,7 @@ class Engine:
             return
         logits = torch.stack([self.prefill(prompt, slot) for slot, prompt in enumerate(prompts)])
         live = list(range(len(prompts)))
-        drawn = how.draw(logits, torch.tensor(live), torch.tensor(self.lengths[: len(live)])).tolist()
+        drawn = how.draw(logits, live, [self.lengths[slot] - 1 for slot in live])
         for count in range(1, most + 1):
             step = {slot: token for slot, token in zip(live, drawn, strict=True) if token not in stop}
             if not step:
@@ -169,22 +172,28 @@ class Engine:
 
     def _checked(self, ids: Ids, slot: int, more: int = 0) -> Tensor:
         """Token ids for a slot. Raises BadInput where they do not fit."""
-        if not 0 <= slot < self.max_batch:
-            raise BadInput(f"slot {slot}, where {self.max_batch} are", "compile with a larger max_batch")
+        self._check_slot(slot)
         tokens = _long(ids)
         if tokens.ndim != 1 or not len(tokens):
             raise BadInput(
                 "the prompt is empty" if not tokens.numel() else "a prompt is one row of token ids", "give token ids"
             )
+        self._check_room(int(tokens.min()), int(tokens.max()), len(tokens), slot, more)
+        return tokens
+
+    def _check_slot(self, slot: int) -> None:
+        if not 0 <= slot < self.max_batch:
+            raise BadInput(f"slot {slot}, where {self.max_batch} are", "compile with a larger max_batch")
+
+    def _check_room(self, low: int, high: int, tokens: int, slot: int, more: int = 0) -> None:
+        """Raises BadInput for ids from low to high that are not all known, or that a slot has no room for."""
         known = self.runner.vocabulary
-        low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or (known is not None and high >= known):
             wrong = low if low < 0 else high
             raise BadInput(
                 f"token id {wrong} is out of range: the model knows 0 to {(known or 0) - 1}", "use its tokenizer"
             )
-        check_window(len(tokens), self.max_length - self.lengths[slot] - more, self.max_length)
-        return tokens
+        check_window(tokens, self.max_length - self.lengths[slot] - more, self.max_length)
 
 
 def _runners(

@@ -12,10 +12,11 @@ from torch import Tensor
 from taut.checkpoint.errors import BadInput
 from taut.huge_pages import collapse_meanwhile
 from taut.op import nbytes
+from taut.ops._numba.kernels import callable_at
 from taut.runtime._numba.interpreter import run
 from taut.runtime.packing import Packer, Segment
 from taut.runtime.placed import free_memory, gathered, stored
-from taut.runtime.sampling import Sampling
+from taut.runtime.sampling import Ints, Sampling, as_list
 from taut.runtime.steps import Attend, Embed, Glu, Linear, Program, Torch, View, Weight
 
 CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -47,31 +48,47 @@ class Runner:
         self.packed = Packer(laid, max_batch, self.caches).pack(stepwise)
         self.buffers = self.packed.buffers
         self.logits = self.buffers[program.logits]
+        self.scores = self.logits.numpy()
         self.vocabulary = vocabulary(program)
         self.scratch = torch.empty(self.threads, self.packed.scratch)
         self.counter = np.zeros(1, np.int64)
         self.rows = np.zeros((3, max_batch), np.int64)
+        self.play = callable_at(run(), 12)
+        self.tables = self.packed.steps.ctypes.data, self.packed.attends.ctypes.data
+        self.room = (
+            *(row.ctypes.data for row in self.rows),
+            self.scratch.data_ptr(),
+            4 * self.scratch.stride(0),
+            self.counter.ctypes.data,
+        )
         self.half_full: set[int] = set()
         self.settling: list[Thread] = []
         self._move(stored(laid))
 
-    def run(self, tokens: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
+    def run(self, tokens: Ints, positions: Ints, slots: Ints) -> Tensor:
         """Float32 logits (rows, vocabulary), which the next run overwrites.
 
-        Row i puts `tokens[i]` at `positions[i]` of the sequence in slot `slots[i]`; all three are int64 (rows,). Rows
-        of one slot may stand at successive positions. Raises BadInput for what lies outside of the program's bounds.
+        Row i puts `tokens[i]` at `positions[i]` of the sequence in slot `slots[i]`. Rows of one slot may stand at
+        successive positions. Raises BadInput for what lies outside of the program's bounds.
         """
-        rows = self._take(tokens, positions, slots)
-        for segment in self.packed.segments:
-            if isinstance(segment, Segment):
-                self._play(segment, rows)
-            else:
-                self._torch(segment, rows)
-        return self.logits[:rows]
+        return self.logits[: self._step(tokens, positions, slots)]
 
-    def draw(self, tokens: Tensor, positions: Tensor, slots: Tensor, how: Sampling) -> list[int]:
-        """The same, and the token that follows in each row; the row of slot i draws from stream i."""
-        return how.draw(self.run(tokens, positions, slots), slots, positions + 1).tolist()
+    def draw(self, tokens: Ints, positions: Ints, slots: Ints, how: Sampling) -> list[int]:
+        """The same, and the token that follows in each row; the row of slot i draws from stream i.
+
+        What reads all of a model leaves a cache without any of torch in it: the likeliest token, which costs little
+        else, is sought without it.
+        """
+        rows = self._step(tokens, positions, slots)
+        if not how.temperature:
+            return self.scores[:rows].argmax(-1).tolist()
+        return how.draw(self.logits[:rows], slots, positions)
+
+    def _step(self, *given: Ints) -> int:
+        rows = self._take(*given)
+        for segment in self.packed.segments:
+            self._play(segment, rows)
+        return rows
 
     def write(self, layer: int, slot: int, start: int, keys: Tensor, values: Tensor) -> None:
         """Put keys (kv_heads, n, d) and values (kv_heads, n, dv) of positions from `start` on into a slot."""
@@ -94,11 +111,11 @@ class Runner:
                     total += size * sum(keys_seen(step, position) for position in positions)
         return total
 
-    def _take(self, *given: Tensor) -> int:
-        rows = check_rows(given, (self.vocabulary, self.program.max_length, self.max_batch))
-        for row, values in zip(self.rows, given, strict=True):
-            row[:rows] = values
-        self._settle_full(rows)
+    def _take(self, *given: Ints) -> int:
+        lists = checked_rows(given, (self.vocabulary, self.program.max_length, self.max_batch))
+        rows = len(lists[0])
+        self.rows[:, :rows] = lists
+        self._settle_full(*lists[1:])
         return rows
 
     def settle(self) -> None:
@@ -106,46 +123,42 @@ class Runner:
         for thread in self.settling:
             thread.join()
 
-    def _settle_full(self, rows: int) -> None:
+    def _settle_full(self, positions: list[int], slots: list[int]) -> None:
         """Large pages for slots as they become half full: sooner, they would take memory that may never be used."""
-        _, positions, slots = self.rows[:, :rows]
-        if 2 * positions.max() < self.program.max_length:
-            return
-        for slot in set(slots[2 * positions >= self.program.max_length].tolist()) - self.half_full:
-            self.half_full.add(slot)
-            self._move([cache[slot] for pair in self.caches for cache in pair])
+        for position, slot in zip(positions, slots, strict=True):
+            if 2 * position >= self.program.max_length and slot not in self.half_full:
+                self.half_full.add(slot)
+                self._move([cache[slot] for pair in self.caches for cache in pair])
 
     def _move(self, tensors: list[Tensor]) -> None:
         """Put tensors onto large pages beside all else, in their order, where they are many bytes."""
         if sum(t.nbytes for t in tensors) >= LARGE:
             self.settling.append(collapse_meanwhile(tensors))
 
-    def _play(self, segment: Segment, rows: int) -> None:
-        packed, (tokens, positions, slots) = self.packed, self.rows
-        stride, place = 4 * self.scratch.stride(0), self.scratch.data_ptr()
-        bounds = segment.first, segment.last, rows
-        run(packed.steps, packed.attends, *bounds, tokens, positions, slots, place, stride, self.counter, self.threads)
-
-    def _torch(self, step: Torch, rows: int) -> None:
-        found = step.run(*(self._view(view, rows) for view in step.inputs))
-        for name, value in zip(step.outs, found, strict=True):
+    def _play(self, segment: Segment | Torch, rows: int) -> None:
+        if isinstance(segment, Segment):
+            self.play(*self.tables, segment.first, segment.last, rows, *self.room, self.threads)
+            return
+        found = segment.run(*(self._view(view, rows) for view in segment.inputs))
+        for name, value in zip(segment.outs, found, strict=True):
             self.buffers[name][:rows] = value
 
     def _view(self, view: View, rows: int) -> Tensor:
         return self.buffers[view.buffer][:rows, view.start : view.stop]
 
 
-def check_rows(given: Sequence[Tensor], limits: tuple[int | None, int, int]) -> int:
-    """How many rows tokens, positions and slots are. Raises BadInput for too many, and for one beyond its limit."""
-    rows, slots = len(given[0]), limits[2]
-    if not 1 <= rows <= slots:
-        raise BadInput(f"{rows} rows, where 1 to {slots} fit", "split them, or ask for a larger max_batch")
-    for name, values, limit in zip(("token", "position", "slot"), given, limits, strict=True):
-        wrong = next((v for v in values.tolist() if v < 0 or (limit is not None and v >= limit)), None)
+def checked_rows(given: Sequence[Ints], limits: tuple[int | None, int, int]) -> list[list[int]]:
+    """Tokens, positions and slots as lists. Raises BadInput for too many rows, and for one beyond its limit."""
+    lists = [as_list(values) for values in given]
+    rows, most = len(lists[0]), limits[2]
+    if not 1 <= rows <= most:
+        raise BadInput(f"{rows} rows, where 1 to {most} fit", "split them, or ask for a larger max_batch")
+    for name, values, limit in zip(("token", "position", "slot"), lists, limits, strict=True):
+        wrong = next((v for v in values if v < 0 or (limit is not None and v >= limit)), None)
         if wrong is not None:
             known = "no negative one is" if limit is None else f"0 to {limit - 1} are"
             raise BadInput(f"{name} {wrong}, where {known} known", f"give another {name}")
-    return rows
+    return lists
 
 
 def check_window(tokens: int, room: int, window: int) -> None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, as_tensor
 
 from taut.ops.sample import sample
+
+Ints = Sequence[int] | Tensor
+
+
+def as_list(values: Ints) -> list[int]:
+    return values.tolist() if isinstance(values, Tensor) else list(values)
 
 
 @dataclass(frozen=True)
@@ -19,7 +26,12 @@ class Sampling:
     min_p: float | None = None
     seed: int = 0
 
-    def draw(self, logits: Tensor, requests: Tensor, positions: Tensor) -> Tensor:
-        """A token for every row; request i draws from a stream of its own, whatever else is in the batch."""
-        seeds = self.seed + requests
-        return sample(logits, self.temperature, self.top_k, self.top_p, self.min_p, seeds, positions)
+    def draw(self, logits: Tensor, requests: Ints, positions: Ints) -> list[int]:
+        """A token for every row, whose last one stands at a position.
+
+        Request i draws from a stream of its own, whatever else is in the batch.
+        """
+        if not self.temperature:
+            return sample(logits, 0).tolist()
+        seeds, places = self.seed + as_tensor(requests), 1 + as_tensor(positions)
+        return sample(logits, self.temperature, self.top_k, self.top_p, self.min_p, seeds, places).tolist()

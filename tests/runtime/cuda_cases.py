@@ -150,9 +150,9 @@ def draws() -> None:
         runner, other = (CudaRunner(made, 3, device="cpu", capture=False) for _ in range(2))
         tokens, positions, slots = torch.tensor([4, 5, 6]), torch.tensor([0, 0, 0]), torch.tensor([2, 0, 1])
         for _ in range(4):
-            expected = how.draw(other.run(tokens, positions, slots), slots, positions + 1)
-            assert runner.draw(tokens, positions, slots, how) == expected.tolist(), how
-            tokens, positions = expected, positions + 1
+            expected = how.draw(other.run(tokens, positions, slots), slots, positions)
+            assert runner.draw(tokens, positions, slots, how) == expected, how
+            tokens, positions = torch.tensor(expected), positions + 1
             assert torch.equal(runner.rows[:2], torch.stack((tokens, positions)))
     print("draws 0 1")
 

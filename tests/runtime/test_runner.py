@@ -15,6 +15,7 @@ from taut.runtime._numba.place import turn
 from taut.runtime.placed import gathered, matrices
 from taut.runtime.plain import PlainRunner
 from taut.runtime.runner import Runner
+from taut.runtime.sampling import Sampling
 from taut.runtime.steps import (
     Attend,
     Combine,
@@ -277,6 +278,14 @@ def test_caches_of_a_half_full_slot_move_onto_large_pages(monkeypatch: pytest.Mo
     assert moved[1:] == [[cache[2].data_ptr() for pair in runner.caches for cache in pair]]
     runner.settle()
     assert not any(thread.is_alive() for thread in runner.settling)
+
+
+@pytest.mark.parametrize("how", [Sampling(), Sampling(0.8, seed=3)], ids=["likeliest", "drawn"])
+def test_a_token_is_drawn_as_the_op_draws_from_the_logits(how):
+    runner, tokens, positions, slots = Runner(attending(6, 2, 16, 16), 3), [4, 5, 6], [0, 0, 0], [2, 0, 1]
+    expected = how.draw(runner.run(*map(torch.tensor, (tokens, positions, slots))), slots, positions)
+    assert runner.draw(tokens, positions, slots, how) == expected
+    assert len(set(expected)) > 1
 
 
 def test_bytes_a_token():

@@ -8,6 +8,7 @@ would else be spent on formats that the model has not.
 from __future__ import annotations
 
 from collections.abc import Callable
+from ctypes import CFUNCTYPE, c_int64
 from functools import cache
 from typing import Any
 
@@ -53,6 +54,11 @@ def kernel(function: Callable[..., None]) -> Address:
         return found
 
     return lambda: compiled().address
+
+
+def callable_at(address: int, count: int) -> Callable[..., None]:
+    """What calls the kernel of `count` arguments at an address from Python."""
+    return CFUNCTYPE(None, *[c_int64] * count)(address)
 
 
 @intrinsic

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import platform
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 
-from taut.ops._numba.kernels import invoke, jit
+from taut.ops._numba.kernels import invoke, jit, kernel, record
 from taut.ops._numba.parallel import together
 from taut.ops._numba.rows import fetch
-from taut.ops._numba.scalar import call, intrinsic
+from taut.ops._numba.scalar import array, call, intrinsic
 from taut.runtime._numba.dense import beginning, unasked
+from taut.runtime._numba.table import ATTENTION, STEP
 
 WORD = ir.IntType(64)
 PAUSE = {"x86_64": "llvm.x86.sse2.pause", "AMD64": "llvm.x86.sse2.pause"}.get(platform.machine())
@@ -20,6 +22,8 @@ PATIENCE = 20000
 
 MEANWHILE, PORTION = 2**17, 512
 """Bytes that are asked for at most while a thread waits, and at a time."""
+
+SIZE, ATTENTION_SIZE = STEP.itemsize, ATTENTION.itemsize
 
 give_way = types.ExternalFunction("sched_yield", types.int32())
 
@@ -76,25 +80,25 @@ def play(part, parts, steps, attends, first, last, rows, tokens, positions, slot
     """The part-th share of the steps from first to last."""
     mine, waits = scratch + part * stride, 0
     for s in range(first, last):
-        p = steps[s]
-        step, attention = steps.ctypes.data + s * steps.itemsize, attends.ctypes.data + p.attend * attends.itemsize
-        after = beginning(steps[p.next], part, parts)
+        step = steps + s * SIZE
+        p = record(step, STEP)
+        attention = attends + p.attend * ATTENTION_SIZE
+        after = beginning(record(steps + p.next * SIZE, STEP), part, parts)
         arguments = step, attention, rows, tokens, positions, slots, mine, part, parts, after
         if p.early:
             invoke(p.early, arguments)
         if p.wait and rows >= p.wait and parts > 1:
             waits += 1
-            wait_for(counter, waits * parts, unasked(steps[p.soon], rows, part, parts))
+            soon = unasked(record(steps + p.soon * SIZE, STEP), rows, part, parts)
+            wait_for(counter, waits * parts, soon)
         invoke(p.run, arguments)
 
 
 play_together = together(play)
 
 
-@jit
+@kernel
 def run(steps, attends, first, last, rows, tokens, positions, slots, scratch, stride, counter, parts):
-    """Run the steps from first to last on `rows` rows by a team of `parts` threads."""
-    counter[0] = 0
-    given = tokens.ctypes.data, positions.ctypes.data, slots.ctypes.data
-    arguments = (steps, attends, first, last, rows, *given, scratch, stride, counter.ctypes.data)
-    play_together(parts, arguments)
+    """Run the steps from first to last on `rows` rows by a team of `parts` threads. All else is addresses and bytes."""
+    array(counter, 1, np.int64(0))[0] = 0
+    play_together(parts, (steps, attends, first, last, rows, tokens, positions, slots, scratch, stride, counter))
