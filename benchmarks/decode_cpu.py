@@ -110,14 +110,13 @@ def prompt() -> Tensor:
 
 def taut_turn(runner: Runner) -> Turn:
     """Greedy tokens from the prompt's end; the prompt goes through the decode step."""
-    at = lambda n: torch.tensor([n])  # noqa: E731
-    logits = [runner.run(at(int(t)), at(i), at(0)).clone() for i, t in enumerate(prompt())][-1]
-    first = int(logits.argmax())
+    for i, token in enumerate(prompt().tolist()):
+        (first,) = runner.draw([token], [i], [0], Sampling())
 
     def turn(tokens: int) -> Tensor:
         token = first
         for i in range(tokens):
-            (token,) = runner.draw(at(token), at(PROMPT + i), at(0), Sampling())
+            (token,) = runner.draw([token], [PROMPT + i], [0], Sampling())
         return runner.logits[0]
 
     return turn
