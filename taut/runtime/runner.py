@@ -53,7 +53,7 @@ class Runner:
         self.scratch = torch.empty(self.threads, self.packed.scratch)
         self.counter = np.zeros(1, np.int64)
         self.rows = np.zeros((3, max_batch), np.int64)
-        self.play = callable_at(run(), 12)
+        self.interpret = callable_at(run(), 12)
         self.tables = self.packed.steps.ctypes.data, self.packed.attends.ctypes.data
         self.room = (
             *(row.ctypes.data for row in self.rows),
@@ -137,7 +137,7 @@ class Runner:
 
     def _play(self, segment: Segment | Torch, rows: int) -> None:
         if isinstance(segment, Segment):
-            self.play(*self.tables, segment.first, segment.last, rows, *self.room, self.threads)
+            self.interpret(*self.tables, segment.first, segment.last, rows, *self.room, self.threads)
             return
         found = segment.run(*(self._view(view, rows) for view in segment.inputs))
         for name, value in zip(segment.outs, found, strict=True):
