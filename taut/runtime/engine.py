@@ -12,7 +12,7 @@ from taut.checkpoint.errors import BadInput
 from taut.runtime.placed import dtype_of, gpu
 from taut.runtime.prompt import PromptRunner
 from taut.runtime.runner import Runner, check_window
-from taut.runtime.sampling import Sampling
+from taut.runtime.sampling import Ints, Sampling
 from taut.runtime.steps import Program, Torch
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ FEW = 4
 """Up to as many tokens run one by one at the least; beyond that torch's products, which read a weight once, may pay."""
 START, STEP, RATE = 1e-4, 2e-6, 6e10
 """Seconds that torch takes to begin a step of a prompt and the interpreter one of a token; bytes it reads a second."""
-
-Ids = Sequence[int] | Tensor
 
 
 class Engine:
@@ -52,7 +50,7 @@ class Engine:
         self.stop = frozenset(stop)
         self.few = _few(program, self.runner.bytes_a_token([0])) if device == "cpu" else FEW
 
-    def prefill(self, ids: Ids, slot: int = 0) -> Tensor:
+    def prefill(self, ids: Ints, slot: int = 0) -> Tensor:
         """Append tokens to the sequence in a slot; float32 logits (vocabulary,) after the last of them.
 
         Raises BadInput for an empty prompt, ids that the model does not know, and where the slot has no room.
@@ -77,7 +75,7 @@ class Engine:
             self.runner.run(tokens[i : i + 1], positions[i : i + 1], slots[i : i + 1])
         return self.runner.run(tokens[-1:], positions[-1:], slots[-1:])[-1].clone()
 
-    def decode(self, tokens: Ids, slots: Sequence[int] | None = None) -> Tensor:
+    def decode(self, tokens: Ints, slots: Sequence[int] | None = None) -> Tensor:
         """Append one token to each of some slots (0, 1, ... by default); float32 logits (rows, vocabulary).
 
         The next call overwrites them. Raises BadInput for ids out of range and slots that are full or given twice.
@@ -118,7 +116,7 @@ class Engine:
 
     def generate(
         self,
-        ids: Ids | Sequence[Ids],
+        ids: Ints | Sequence[Ints],
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         top_k: int | None = None,
@@ -134,7 +132,7 @@ class Engine:
         length; prompt i draws from the stream of `seed + i`. Raises BadInput before anything is computed.
         """
         single = ids.ndim == 1 if isinstance(ids, Tensor) else not _is_batch(ids)
-        prompts: list[Ids] = [ids] if single else list(ids)  # type: ignore[list-item]
+        prompts: list[Ints] = [ids] if single else list(ids)  # type: ignore[list-item]
         if not 1 <= len(prompts) <= self.max_batch:
             cause = f"{len(prompts)} prompts, where 1 to {self.max_batch} fit"
             raise BadInput(cause, "give fewer, or compile with a larger max_batch")
@@ -170,7 +168,7 @@ class Engine:
         """Why each step that torch runs is not run by the interpreter; empty where there is none."""
         return [step.why for step in self.program.steps if isinstance(step, Torch)]
 
-    def _checked(self, ids: Ids, slot: int, more: int = 0) -> Tensor:
+    def _checked(self, ids: Ints, slot: int, more: int = 0) -> Tensor:
         """Token ids for a slot. Raises BadInput where they do not fit."""
         self._check_slot(slot)
         tokens = _long(ids)
@@ -223,5 +221,5 @@ def _is_batch(ids: Sequence) -> bool:
     return len(ids) > 0 and not isinstance(ids[0], int) and not (isinstance(ids[0], Tensor) and ids[0].ndim == 0)
 
 
-def _long(ids: Ids) -> Tensor:
+def _long(ids: Ints) -> Tensor:
     return torch.as_tensor(ids, dtype=torch.long, device="cpu")

@@ -31,7 +31,5 @@ class Sampling:
 
         Request i draws from a stream of its own, whatever else is in the batch.
         """
-        if not self.temperature:
-            return sample(logits, 0).tolist()
         seeds, places = self.seed + as_tensor(requests), 1 + as_tensor(positions)
         return sample(logits, self.temperature, self.top_k, self.top_p, self.min_p, seeds, places).tolist()

@@ -41,8 +41,7 @@ STREAMS = 4
 """Blocks far apart that are read side by side: the hardware follows several streams, each a little way ahead, until it
 comes to their end."""
 SPAN, CHAINS = 64, 4 if ROOMY else 1
-"""Rounds after which sums are added to a total, since a long sum loses digits and other streams wait, and sums of a
-product."""
+"""Rounds after which sums are added to a total, since a long sum loses digits, and sums of a product."""
 PAIRED = 4
 """Tokens up to which, where registers are few, two by two are multiplied with two blocks at a time. More, and several
 where registers are many, read one stream."""
@@ -53,7 +52,7 @@ given the rest."""
 
 @intrinsic(prefer_literal=True)
 def turn(_typing, tag, blocks, tokens, w, apart, stop, after, x, x_stride, rounds, out, out_apart, out_stride):
-    """out[t, 16 b + j] += (row j of block b) . x[t] for a constant number of blocks and `tokens`, and so many rounds.
+    """out[t, b, j] += (row j of block b) . x[t] for a constant number of blocks and `tokens`, and so many rounds.
 
     Blocks are `apart` bytes from each other, and their products `out_apart`; x is float32. A round takes INPUTS numbers
     of it. Asks meanwhile for the memory that follows: for one token in each stream, for more as `tile` of rows.py.
@@ -145,7 +144,8 @@ def abreast(w, x, x_stride, tokens, k, first, last, out, out_stride, after, tag)
     stop = begin + blocks * rounds * size
     for t in range(tokens):
         array(out + t * out_stride, blocks * LANES, np.float32(0))[:] = 0
-    apart = (blocks + streams_of(tokens) - 1) // streams_of(tokens)
+    streams = streams_of(tokens)
+    apart = (blocks + streams - 1) // streams
     for low in range(apart):
         side_by_side = (blocks - low + apart - 1) // apart
         for start in range(0, rounds, SPAN):
@@ -167,7 +167,7 @@ def turns(blocks, tokens, w, apart, stop, after, x, x_stride, rounds, out, out_a
             x, out, tokens = x + 2 * x_stride, out + 2 * out_stride, tokens - 2
         if tokens:
             turn(tag, 2, 1, w, apart, stop, after, x, x_stride, rounds, out, out_apart, out_stride)
-    elif blocks == 1:
+    else:
         block_turns(tokens, w, stop, after, x, x_stride, rounds, out, out_stride, tag)
 
 
