@@ -7,6 +7,7 @@ import ctypes
 import sys
 from collections.abc import Iterable, Sequence
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from threading import Thread
 
@@ -20,20 +21,14 @@ PAIR = 128
 """Bytes of two cache lines, of which some processors read the second with the first."""
 
 
-def side_by_side(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies that lie one behind the other, on large pages where the system gives them, each at a multiple of PAIR.
+def side_by_side(sizes: Sequence[int]) -> list[Tensor]:
+    """Memory, uint8 (size,) each, one behind the other at multiples of PAIR, on large pages where the system has them.
 
     Tensors that torch allocates one by one do not fill large pages, and a mapped file lies on small ones.
     """
-    places, size = [], 0
-    for t in tensors:
-        places.append(size)
-        size += -(-t.nbytes // PAIR) * PAIR
-    region = large(size)
-    copies = [region[at : at + t.nbytes].view(t.dtype).view(t.shape) for at, t in zip(places, tensors, strict=True)]
-    for copy, t in zip(copies, tensors, strict=True):
-        copy.copy_(t.detach())
-    return copies
+    ends = list(accumulate(-(-size // PAIR) * PAIR for size in sizes))
+    region = large(ends[-1] if ends else 0)
+    return [region[end - (-(-size // PAIR) * PAIR) :][:size] for end, size in zip(ends, sizes, strict=True)]
 
 
 def large(size: int) -> Tensor:

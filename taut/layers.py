@@ -1,8 +1,8 @@
 """Where the time of a decoding step goes, layer by layer: in the compiled program, and in the original's modules.
 
 The program is timed a step at a time, which costs each a start of its threads (some microseconds) that they share when
-the program runs in one piece. The original's layers are timed by hooks. Both read the same parameters: a layer's slack
-is its time over that of reading what it holds.
+the program runs in one piece. The original's layers are timed by hooks. A layer's slack is its time over that of
+reading what it reads: its parameters or, in the program, their copies, which may be compressed.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import itertools
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from taut.runtime.runner import Runner
+from taut.runtime.runner import Runner, bytes_read
 from taut.runtime.steps import Attend, Program, Step, Torch
 
 if TYPE_CHECKING:
@@ -78,8 +78,8 @@ def _of_program(engine: Engine, position: int) -> tuple[dict[str, float], dict[s
     clock = _Clock(engine.program)
     wheres = [layer_of(engine.program.names.get(_out(step), "")) for step in engine.program.steps]
     read = dict.fromkeys(wheres, 0)
-    for where, step in zip(wheres, engine.program.steps, strict=True):
-        read[where] += clock.reads(step, position)
+    for where, count in zip(wheres, clock.reads(position), strict=True):
+        read[where] += count
     rounds = []
     for _ in range(ROUNDS + 1):
         seconds = dict.fromkeys(wheres, 0.0)
@@ -113,13 +113,9 @@ class _Clock(Runner):
             found.append(time.perf_counter() - start)
         return found
 
-    def reads(self, step: Step, position: int) -> int:
-        """Bytes of weights and caches."""
-        whole, self.program = self.program, replace(self.program, steps=(step,))
-        try:
-            return self.bytes_a_token([position])
-        finally:
-            self.program = whole
+    def reads(self, position: int) -> list[int]:
+        """Bytes of weights and caches of every step."""
+        return [bytes_read([step], self.caches, [position]) for step in self.laid.steps]
 
 
 def _held(module: nn.Module) -> int:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 GROUP = 32
 ABREAST, INPUTS = 16, 4
-"""Outputs and inputs that `abreast` keeps together."""
+"""Outputs and inputs that lie together where a CPU reads a weight best."""
 
 
 def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -52,30 +51,3 @@ def quantize(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     codes = (groups / scale.float().where(scale != 0, 1) + 8).round().clamp(0, 15).to(torch.uint8)
     low, high = codes.chunk(2, -1)
     return (low | high << 4).flatten(-2), scale[..., 0]
-
-
-def abreast(weight: Tensor) -> Tensor:
-    """Floats or int8 (out, in) as (blocks of 16 outputs, inputs, 16), the order in which a CPU reads a weight best.
-
-    Outputs and inputs are padded with zeros, inputs to a multiple of 4. Of bfloat16 two inputs make an int32, the first
-    one in its low half. A view where nothing has to be padded or moved.
-    """
-    outputs, inputs = weight.shape
-    weight, missing = weight.detach(), (0, -inputs % INPUTS, 0, -outputs % ABREAST)
-    if any(missing):  # F.pad copies even where nothing is missing
-        weight = F.pad(weight, missing)
-    if weight.dtype == torch.bfloat16:
-        weight = weight.contiguous()
-        weight = (weight.clone() if weight.storage_offset() % 2 else weight).view(torch.int32)
-    return weight.unflatten(0, (-1, ABREAST)).mT
-
-
-def lies_abreast(dtype: torch.dtype, tokens: int) -> bool:
-    """Whether up to so many tokens at a time are multiplied faster by a weight in a dtype with 16 rows abreast.
-
-    int8 only for several tokens where registers are few: whole rows, whose sums need more of them, take fewer
-    instructions.
-    """
-    from taut.ops._numba.simd import ROOMY
-
-    return dtype.is_floating_point or (dtype == torch.int8 and tokens > 1 and not ROOMY)

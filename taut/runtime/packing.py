@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 
 from taut.ops._numba.abreast import whole
+from taut.ops._numba.compressed import EXCEPTION, HEAD, NAMES, size_of_round
 from taut.ops._numba.formats import (
     BFLOAT16,
     BFLOAT16_ABREAST,
+    BFLOAT16_COMPRESSED,
     FLOAT16,
     FLOAT16_ABREAST,
     FLOAT32,
     FLOAT32_ABREAST,
+    FLOAT32_COMPRESSED,
     INT4_FLOAT,
     INT4_HALF,
     INT8,
@@ -25,6 +28,7 @@ from taut.ops._numba.formats import (
     PRODUCTS,
 )
 from taut.ops._numba.products import ACTS
+from taut.ops._weights import INPUTS
 from taut.runtime._numba import dense, place, table
 from taut.runtime._numba.dense import BLOCK, room_for
 from taut.runtime._numba.place import MOST_CHUNKS, most_keys_a_chunk
@@ -46,6 +50,7 @@ from taut.runtime.steps import (
 FORMATS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 FORMATS_ABREAST = {torch.float32: FLOAT32_ABREAST, torch.int32: BFLOAT16_ABREAST}
 FORMATS_ABREAST |= {torch.float16: FLOAT16_ABREAST, torch.int8: INT8_ABREAST}
+FORMATS_COMPRESSED = {torch.uint16: BFLOAT16_COMPRESSED, torch.uint32: FLOAT32_COMPRESSED}
 LANES = 16
 Fields = dict[str, Any]
 
@@ -295,6 +300,8 @@ class Packer:
         if data.ndim == 3:
             form = FORMATS_ABREAST.get(data.dtype)
             fits = data.shape[1] * (2 if form == BFLOAT16_ABREAST else 1) == whole(k)
+        elif scale is None and data.dtype in FORMATS_COMPRESSED:
+            form, fits = FORMATS_COMPRESSED[data.dtype], takes(data, k)
         elif scale is None:
             form, fits = FORMATS.get(data.dtype), data.shape[-1] == k
         elif data.dtype == torch.int8:
@@ -333,6 +340,13 @@ class Packer:
     def _room(self, count: int) -> None:
         """Ask for scratch of so many floats a thread."""
         self.scratch = max(self.scratch, padded(count) + LANES)
+
+
+def takes(compressed: Tensor, k: int) -> bool:
+    """Whether a compressed weight has k inputs."""
+    block = compressed[0].view(torch.uint8)
+    room, rounds = int(block[NAMES:].view(torch.int32)[0]), whole(k) // INPUTS
+    return len(block) == HEAD + rounds * size_of_round(compressed.itemsize) + room * EXCEPTION
 
 
 def width(view: View) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from taut.checkpoint.errors import BadInput
 from taut.huge_pages import side_by_side
 from taut.op import nbytes
-from taut.ops._weights import abreast, lies_abreast
+from taut.ops._laid import Laid, copied, laid
 from taut.runtime.steps import Embed, Glu, Linear, Program, Weight
 
 ON_CPU = 'take device="cpu"'
@@ -92,18 +92,19 @@ def placed(program: Program, device: torch.device) -> Program:
 def gathered(program: Program, tokens: int, caches: int) -> Program:
     """The program with copies of what it multiplies by, one behind the other on large pages in the order of reading.
 
-    They lie with 16 rows abreast where that multiplies so many tokens at a time faster. The program itself where the
-    copies would take more than half of the memory that is free beside the caches (bytes).
+    They lie as so many tokens at a time are multiplied fastest. The program itself where the copies would take more
+    than half of the memory that is free beside the caches (bytes).
     """
-    laid: dict[tuple, Tensor] = {}
-    for weight in matrices(program, False):
-        laid[_place(weight.data)] = abreast(weight.data) if lies_abreast(weight.data.dtype, tokens) else weight.data
-        if weight.scale is not None:
-            laid[_place(weight.scale)] = weight.scale
     free = free_memory()
-    if free is None or 2 * sum(map(nbytes, laid.values())) + caches > free:
+    if free is None or 2 * sum(map(nbytes, {_place(t): t for t in stored(program)}.values())) + caches > free:
         return program
-    copies = dict(zip(laid, side_by_side(list(laid.values())), strict=True))
+    plans: dict[tuple, Laid] = {}
+    for weight in matrices(program, False):
+        plans[_place(weight.data)] = laid(weight.data, tokens)
+        if weight.scale is not None:
+            plans[_place(weight.scale)] = copied(weight.scale)
+    rooms = side_by_side([plan.nbytes for plan in plans.values()])
+    copies = {at: plan.write(room) for (at, plan), room in zip(plans.items(), rooms, strict=True)}
 
     def moved(weight: Weight) -> Weight:
         scale = weight.scale

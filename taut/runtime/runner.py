@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from threading import Thread
 
 import numpy as np
@@ -17,7 +17,7 @@ from taut.runtime._numba.interpreter import run
 from taut.runtime.packing import Packer, Segment
 from taut.runtime.placed import free_memory, gathered, stored
 from taut.runtime.sampling import Ints, Sampling, as_list
-from taut.runtime.steps import Attend, Embed, Glu, Linear, Program, Torch, View, Weight
+from taut.runtime.steps import Attend, Embed, Glu, Linear, Program, Step, Torch, View, Weight
 
 CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGE = 2**25
@@ -30,8 +30,9 @@ class Runner:
     `caches` holds (keys, values) of every cache layer, (max_batch slots, kv_heads, max_length, d) each, of
     `cache_dtype`: float32, bfloat16 or float16; by default float32. It uses as many threads as torch does when it is
     built. `stepwise` runs one step after the other instead of all in one go, for looking at `buffers` in between.
-    Weights are copied onto large pages in the order of reading; where memory is short they are moved there as they are,
-    beside the first runs. So are the caches of a slot when half of their positions are in use; `settle` waits for it.
+    Weights are copied onto large pages in the order of reading, compressed without loss where that is faster; where
+    memory is short they are moved there as they are, beside the first runs. So are the caches of a slot when half of
+    their positions are in use; `settle` waits for it.
     Raises BadInput where the caches do not fit into memory.
     """
 
@@ -42,10 +43,10 @@ class Runner:
             raise BadInput(f"a batch of {max_batch}", "take at least 1")
         cache_dtype = cache_dtype or torch.float32
         self.program = program
-        laid = gathered(program, max_batch, cache_bytes(program, max_batch, cache_dtype))
+        self.laid = gathered(program, max_batch, cache_bytes(program, max_batch, cache_dtype))
         self.max_batch, self.threads = max_batch, torch.get_num_threads()
         self.caches = make_caches(program, max_batch, cache_dtype)
-        self.packed = Packer(laid, max_batch, self.caches).pack(stepwise)
+        self.packed = Packer(self.laid, max_batch, self.caches).pack(stepwise)
         self.buffers = self.packed.buffers
         self.logits = self.buffers[program.logits]
         self.scores = self.logits.numpy()
@@ -63,7 +64,7 @@ class Runner:
         )
         self.half_full: set[int] = set()
         self.settling: list[Thread] = []
-        self._move(stored(laid))
+        self._move(stored(self.laid))
 
     def run(self, tokens: Ints, positions: Ints, slots: Ints) -> Tensor:
         """Float32 logits (rows, vocabulary), which the next run overwrites.
@@ -96,20 +97,8 @@ class Runner:
             cache[slot, :, start : start + new.shape[1]] = new
 
     def bytes_a_token(self, positions: list[int]) -> int:
-        """Bytes of weights and caches that a run of rows at these positions must read."""
-        steps, total = self.program.steps, 0
-        for step in steps:
-            match step:
-                case Linear():
-                    total += weight_bytes(step.weight)
-                case Glu():
-                    total += weight_bytes(step.gate) + weight_bytes(step.up)
-                case Embed(table=Weight() as entries):
-                    total += len(positions) * weight_bytes(entries) // len(entries.data)
-                case Attend():
-                    size = self.caches[step.layer][0].itemsize * step.kv_heads * (step.d + step.dv)
-                    total += size * sum(keys_seen(step, position) for position in positions)
-        return total
+        """Bytes of weights and caches that a run of rows at these positions reads."""
+        return bytes_read(self.laid.steps, self.caches, positions)
 
     def _take(self, *given: Ints) -> int:
         lists = checked_rows(given, (self.vocabulary, self.program.max_length, self.max_batch))
@@ -188,6 +177,23 @@ def cache_bytes(program: Program, slots: int, dtype: torch.dtype) -> int:
 def vocabulary(program: Program) -> int | None:
     """How many tokens the program knows."""
     return min((len(s.table.data) for s in program.steps if isinstance(s, Embed) and s.table is not None), default=None)
+
+
+def bytes_read(steps: Iterable[Step], caches: Sequence[tuple[Tensor, Tensor]], positions: list[int]) -> int:
+    """Bytes of weights and caches that some steps read in a run of rows at these positions."""
+    total = 0
+    for step in steps:
+        match step:
+            case Linear():
+                total += weight_bytes(step.weight)
+            case Glu():
+                total += weight_bytes(step.gate) + weight_bytes(step.up)
+            case Embed(table=Weight() as entries):
+                total += len(positions) * weight_bytes(entries) // len(entries.data)
+            case Attend():
+                size = caches[step.layer][0].itemsize * step.kv_heads * (step.d + step.dv)
+                total += size * sum(keys_seen(step, position) for position in positions)
+    return total
 
 
 def weight_bytes(weight: Weight) -> int:

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from taut.checkpoint import BadInput
 from taut.huge_pages import collapse_meanwhile
-from taut.ops._weights import abreast, quantize
+from taut.ops._laid import abreast, laid
+from taut.ops._weights import quantize
 from taut.runtime._numba.place import turn
 from taut.runtime.placed import gathered, matrices
 from taut.runtime.plain import PlainRunner
-from taut.runtime.runner import Runner
+from taut.runtime.runner import Runner, bytes_read
 from taut.runtime.sampling import Sampling
 from taut.runtime.steps import (
     Attend,
@@ -224,13 +225,14 @@ def test_weights_are_gathered_once_in_the_order_of_reading(monkeypatch: pytest.M
     found = gathered(made, 1, 0)
     assert found.steps[0] is made.steps[0]
     copies, places = list(matrices(found, False)), [m.data.data_ptr() for m in matrices(found, False)]
-    originals = [abreast(m.data) for m in matrices(made, False)]
+    plans = [laid(m.data, 1) for m in matrices(made, False)]
+    originals = [plan.write(torch.empty(plan.nbytes, dtype=torch.uint8)) for plan in plans]
     assert all(torch.equal(a.data, b) for a, b in zip(copies, originals, strict=True))
     assert places[-1] == places[-2]
     assert places[:-1] == sorted(set(places))
     sizes = [-(-m.data.nbytes // 128) * 128 for m in copies[:-1]]
     assert places[-1] - places[0] == sum(sizes[:-1])
-    room = 2 * sum(m.data.nbytes for m in copies[:-1])
+    room = 2 * sum(m.data.nbytes for m in list(matrices(made, False))[:-1])
     monkeypatch.setattr("taut.runtime.placed.free_memory", lambda: room)
     assert gathered(made, 1, 0) is not made
     assert gathered(made, 1, 1) is made
@@ -291,7 +293,10 @@ def test_a_token_is_drawn_as_the_op_draws_from_the_logits(how):
 def test_bytes_a_token():
     made = attending(6, 2, 16, 24)
     weights = 4 * ((96 + 80) * 40 + 96 * 144 + VOCABULARY * 144) + 2 * 4 * 40
-    assert Runner(made, 2, torch.bfloat16).bytes_a_token([4, 9]) == weights + 2 * 2 * 2 * (16 + 24) * (5 + 10)
+    runner = Runner(made, 2, torch.bfloat16)
+    assert bytes_read(made.steps, runner.caches, [4, 9]) == weights + 2 * 2 * 2 * (16 + 24) * (5 + 10)
+    kept = sum(weight.data.nbytes for weight in matrices(runner.laid, False))
+    assert runner.bytes_a_token([4, 9]) == kept + 2 * 4 * 40 + 2 * 2 * 2 * (16 + 24) * (5 + 10)
 
 
 def test_refusals():

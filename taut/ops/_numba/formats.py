@@ -6,17 +6,19 @@ from typing import Any
 
 import numpy as np
 
-from taut.ops._numba.abreast import abreast, whole
+from taut.ops._numba.abreast import abreast, size_of_block, whole
 from taut.ops._numba.kernels import Address, jit, kernel
 from taut.ops._numba.nibbles import grouped
 from taut.ops._numba.rows import ROWS, dense
 from taut.ops._numba.scalar import array, span
+from taut.ops._numba.simd import LANES
 
 FLOAT32, BFLOAT16, FLOAT16 = range(3)
 FLOAT32_ABREAST, BFLOAT16_ABREAST, FLOAT16_ABREAST, INT8_ABREAST = range(3, 7)
-INT8, INT4_HALF, INT4_FLOAT = range(7, 10)
-"""Formats of a weight: three floating ones, the same and int8 with sixteen rows abreast, int8 with a float32 scale a
-row, int4 with a scale a group of 32."""
+FLOAT32_COMPRESSED, BFLOAT16_COMPRESSED = range(7, 9)
+INT8, INT4_HALF, INT4_FLOAT = range(9, 12)
+"""Formats of a weight: three floating ones, the same and int8 with sixteen rows abreast, two of these compressed, int8
+with a float32 scale a row, int4 with a scale a group of 32."""
 
 
 @jit
@@ -71,6 +73,8 @@ PRODUCTS = {
     BFLOAT16_ABREAST: in_blocks(np.uint16(0)),
     FLOAT16_ABREAST: in_blocks(np.int16(0)),
     INT8_ABREAST: in_blocks(np.int8(0)),
+    FLOAT32_COMPRESSED: in_blocks(np.uint32(0)),
+    BFLOAT16_COMPRESSED: in_blocks(np.uint8(0)),
     INT8: in_rows(np.int8(0)),
     INT4_HALF: in_groups(np.int16(0)),
     INT4_FLOAT: in_groups(np.float32(0)),
@@ -84,7 +88,7 @@ is fetched meanwhile."""
 
 @jit
 def is_abreast(form):
-    return FLOAT32_ABREAST <= form <= INT8_ABREAST
+    return FLOAT32_ABREAST <= form <= BFLOAT16_COMPRESSED
 
 
 @jit
@@ -97,6 +101,10 @@ def share_of(n, part, parts, tile=ROWS):
 @jit
 def place_of(form, w, k, row):
     """Where a row of a weight of k inputs begins, or the rows abreast from it on."""
+    if form == FLOAT32_COMPRESSED:
+        return w + row // LANES * size_of_block(w, k, np.uint32(0))
+    if form == BFLOAT16_COMPRESSED:
+        return w + row // LANES * size_of_block(w, k, np.uint8(0))
     if is_abreast(form):
         k = whole(k)
     size = k // 2

@@ -18,7 +18,7 @@ from taut.ops._numba.scalar import array, span, tanh
 from taut.ops._numba.simd import LANES
 from taut.runtime._numba.table import CENTRED, PLAIN, STEP
 
-BLOCK = 512
+BLOCK = 1024
 """Rows of a weight whose products a thread holds before it finishes them."""
 
 
