@@ -32,13 +32,17 @@ class Laid:
     write: Callable[[Tensor], Tensor]
 
 
-def laid(weight: Tensor, tokens: int) -> Laid:
-    """A weight (out, in) as up to so many tokens at a time are multiplied by it best."""
+def laid(weight: Tensor, tokens: int, cached: bool = False) -> Laid:
+    """A weight (out, in) as up to so many tokens at a time are multiplied by it best.
+
+    What stays in a cache of the processor is read faster than it would be widened.
+    """
     from taut.ops._numba.simd import ROOMY
 
     if not lies_abreast(weight.dtype, tokens):
         return copied(weight)
-    return (compressed(weight.detach()) if tokens <= FEW[ROOMY] else None) or copied(abreast(weight))
+    made_smaller = None if cached or tokens > FEW[ROOMY] else compressed(weight.detach())
+    return made_smaller or copied(abreast(weight))
 
 
 def copied(t: Tensor) -> Laid:

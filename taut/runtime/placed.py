@@ -18,6 +18,8 @@ from taut.ops._laid import Laid, copied, laid
 from taut.runtime.steps import Embed, Glu, Linear, Program, Weight
 
 ON_CPU = 'take device="cpu"'
+LARGE = 2**25
+"""Bytes that no cache of a processor holds."""
 LEAST = (8, 0)
 """The least compute capability: bfloat16 on the tensor cores."""
 
@@ -95,12 +97,12 @@ def gathered(program: Program, tokens: int, caches: int) -> Program:
     They lie as so many tokens at a time are multiplied fastest. The program itself where the copies would take more
     than half of the memory that is free beside the caches (bytes).
     """
-    free = free_memory()
-    if free is None or 2 * sum(map(nbytes, {_place(t): t for t in stored(program)}.values())) + caches > free:
+    free, size = free_memory(), sum(map(nbytes, {_place(t): t for t in stored(program)}.values()))
+    if free is None or 2 * size + caches > free:
         return program
     plans: dict[tuple, Laid] = {}
     for weight in matrices(program, False):
-        plans[_place(weight.data)] = laid(weight.data, tokens)
+        plans[_place(weight.data)] = laid(weight.data, tokens, cached=size < LARGE)
         if weight.scale is not None:
             plans[_place(weight.scale)] = copied(weight.scale)
     rooms = side_by_side([plan.nbytes for plan in plans.values()])

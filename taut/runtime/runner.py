@@ -15,13 +15,11 @@ from taut.op import nbytes
 from taut.ops._numba.kernels import callable_at
 from taut.runtime._numba.interpreter import run
 from taut.runtime.packing import Packer, Segment
-from taut.runtime.placed import free_memory, gathered, stored
+from taut.runtime.placed import LARGE, free_memory, gathered, stored
 from taut.runtime.sampling import Ints, Sampling, as_list
 from taut.runtime.steps import Attend, Embed, Glu, Linear, Program, Step, Torch, View, Weight
 
 CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LARGE = 2**25
-"""Bytes that no cache of a processor holds."""
 
 
 class Runner:

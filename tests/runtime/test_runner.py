@@ -11,6 +11,7 @@ from torch import Tensor
 from taut.checkpoint import BadInput
 from taut.huge_pages import collapse_meanwhile
 from taut.ops._laid import abreast, laid
+from taut.ops._numba.compressed import LOOKS_UP
 from taut.ops._weights import quantize
 from taut.runtime._numba.place import turn
 from taut.runtime.placed import gathered, matrices
@@ -99,6 +100,30 @@ def test_every_weight_format(form: str, rows: int):
     steps = [Linear("h", x, weight(75, k, form)), Glu("g", x, weight(90, k, form), weight(90, k, form), "silu")]
     made = program([*steps, Combine("y", View("g", 5, 80), of("h", widths), 0.5, 2.0)], widths | {"y": 75})
     agree(dataclasses.replace(made, steps=(Embed("x", weight(VOCABULARY, k, form), 3.0), *made.steps[1:])), rows)
+
+
+@pytest.fixture
+def compressing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if no cache held the weights, and widening cost nothing."""
+    monkeypatch.setattr("taut.runtime.placed.LARGE", 0)
+    monkeypatch.setattr("taut.ops._laid.FEW", dict.fromkeys([True, False], 16))
+
+
+@pytest.mark.skipif(not LOOKS_UP, reason="COMPRESSED WEIGHTS NOT TESTED: no instruction looks up bytes")
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 16])
+@pytest.mark.parametrize("forms", [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float16")])
+@pytest.mark.usefixtures("compressing")
+def test_compressed_weights(forms: tuple[str, str], rows: int):
+    widths = {"x": 77, "h": 1100, "g": 90}
+    x, (first, second) = of("x", widths), forms
+    steps = [
+        Linear("h", x, weight(1100, 77, first)),
+        Glu("g", x, weight(90, 77, first), weight(90, 77, second), "silu"),
+    ]
+    made = program([*steps, Combine("y", View("g", 5, 80), View("h", 9, 84), 0.5, 2.0)], widths | {"y": 75})
+    found = [m.data.dtype for m in matrices(gathered(made, rows, 0), False)]
+    assert [dtype in (torch.uint16, torch.uint32) for dtype in found[:3]] == [True, True, second != "float16"]
+    agree(made, rows)
 
 
 @pytest.mark.parametrize("activation", [None, "silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh"])
@@ -214,6 +239,7 @@ def test_written_caches_are_read():
     assert torch.equal(other.run(*(torch.tensor([n]) for n in (9, 4, 2))), expected)
 
 
+@pytest.mark.usefixtures("compressing")
 def test_weights_are_gathered_once_in_the_order_of_reading(monkeypatch: pytest.MonkeyPatch):
     made = attending(2, 1, 16, 16)
     tied = weight(VOCABULARY, 40)
@@ -290,6 +316,7 @@ def test_a_token_is_drawn_as_the_op_draws_from_the_logits(how):
     assert len(set(expected)) > 1
 
 
+@pytest.mark.usefixtures("compressing")
 def test_bytes_a_token():
     made = attending(6, 2, 16, 24)
     weights = 4 * ((96 + 80) * 40 + 96 * 144 + VOCABULARY * 144) + 2 * 4 * 40
