@@ -5,15 +5,17 @@
 
 All take turns of a few tokens after a prompt of 64; the time is the median over the turns. On a machine whose memory
 others use too, its speed changes by the second: where there are enough of them, only turns count before and after which
-a plain read was about as fast as the fastest of all (give many rounds there). Slack is the time over the bytes that a
-token must read at the best read bandwidth found in the same run, before, between and after the turns; below 1 a cache
-served some of it. `beside` is the same against the plain reads beside each turn, the median. llama.cpp joins where
+a plain read was about as fast as the fastest of all (give many rounds there). Slack is the time over that of reading
+what a token needs, as it is stored, at the best read bandwidth found in the same run, before, between and after the
+turns; below 1 a cache served some of it, or the weights were compressed. `beside` is the same against the plain reads
+beside each turn, the median. llama.cpp joins where
 `llama_cpp` and `gguf` can be imported. `--growth` measures taut alone against context and batch.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
@@ -31,7 +33,7 @@ from taut.huge_pages import collapse
 from taut.machine import cpu_name, read_bandwidth, read_size
 from taut.ops._numba.read import read
 from taut.ops._weights import quantize
-from taut.runtime.runner import Runner
+from taut.runtime.runner import Runner, bytes_read
 from taut.runtime.sampling import Sampling
 from taut.runtime.steps import Attend, Embed, Glu, Linear, Norm, Program, Rotary, View, Weight
 
@@ -236,9 +238,10 @@ def players(weights: Weights, only: list[str], formats: list[str], folder: Path)
         cache = torch.bfloat16 if form == "bf16" else torch.float32
         runner = Runner(llama(weights, FORMATS[form], 512), 1, cache)
         runner.settle()
-        found[f"taut {form}"] = taut_turn(runner), runner.bytes_a_token(positions)
+        least = bytes_read(runner.program.steps, runner.caches, positions)
+        found[f"taut {form}"] = taut_turn(runner), least
         if cpp:
-            found[f"llama.cpp {form}"] = llama_cpp_turn(weights, form, folder), runner.bytes_a_token(positions)
+            found[f"llama.cpp {form}"] = llama_cpp_turn(weights, form, folder), least
     if "transformers" in only:
         least = sum(w.nbytes for w in weights.values())
         found["transformers fp32"] = transformers_turn(weights), least
@@ -300,28 +303,29 @@ def growth(weights: Weights, form: str, rounds: int) -> list[dict[str, float]]:
 
     `read` has the bytes that a plain read right before and after it would have read in that time.
     """
-    cache, found = torch.bfloat16 if form == "bf16" else torch.float32, []
-    runner, values = Runner(llama(weights, FORMATS[form]), 16, cache), torch.ones(read_size() // 4)
+    program, cache = llama(weights, FORMATS[form]), torch.bfloat16 if form == "bf16" else torch.float32
+    runners, values = {slots: Runner(program, slots, cache) for slots in (1, 16)}, torch.ones(read_size() // 4)
     collapse([values])
-    for keys, kept in runner.caches:
-        keys.normal_()
-        kept.normal_()
+    for runner in runners.values():
+        for kept in itertools.chain.from_iterable(runner.caches):
+            kept.normal_()
     points = [(context, 1) for context in (64, 256, 512, 1024, 2048, 4096)]
     points += [(64, batch) for batch in (2, 3, 4, 6, 8, 12, 16)]
     times: dict[tuple[int, int], list[tuple[float, float]]] = {point: [] for point in points}
     for _ in range(rounds):
         for context, batch in points:
-            slots = torch.arange(batch)
-            inputs = slots + 5, torch.full((batch,), context - 1), slots
+            runner = runners[min(slots for slots in runners if slots >= batch)]
+            inputs = [i + 5 for i in range(batch)], [context - 1] * batch, list(range(batch))
             runner.run(*inputs)
             runner.settle()
             before, start = now_read(values), time.perf_counter()
             runner.run(*inputs)
             seconds = time.perf_counter() - start
             times[context, batch].append((seconds, seconds * (before + now_read(values)) / 2))
+    found = []
     for context, batch in points:
         ms, read_ = (statistics.median(column) for column in zip(*times[context, batch], strict=True))
-        least = runner.bytes_a_token([context - 1] * batch)
+        least = bytes_read(program.steps, runners[1].caches, [context - 1] * batch)
         point = {"context": context, "batch": batch, "ms": ms * 1e3, "bytes": least, "read": read_}
         found.append(point | {"gb_per_s": least / ms / 1e9})
     return found

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from taut.ops._weights import ABREAST, INPUTS
 
-FEW = {True: 4, False: 2}
-"""Tokens for which reading less gains more than widening costs, where registers are many and where they are few."""
+FEW = {torch.bfloat16: (2, 4), torch.float32: (0, 4)}
+"""Tokens for which reading less gains more than widening costs, where registers are few and where they are many."""
 MOST_EXCEPTIONS = 1 / 128
 """The part of a block's numbers up to which exceptions take little time beside its rounds."""
 COMPRESSED = {torch.bfloat16: (np.uint16(0), torch.uint16), torch.float32: (np.float32(0), torch.uint32)}
@@ -41,8 +41,8 @@ def laid(weight: Tensor, tokens: int, cached: bool = False) -> Laid:
 
     if not lies_abreast(weight.dtype, tokens):
         return copied(weight)
-    made_smaller = None if cached or tokens > FEW[ROOMY] else compressed(weight.detach())
-    return made_smaller or copied(abreast(weight))
+    pays = not cached and tokens <= FEW.get(weight.dtype, (0, 0))[ROOMY]
+    return (compressed(weight.detach()) if pays else None) or copied(abreast(weight))
 
 
 def copied(t: Tensor) -> Laid:

@@ -106,7 +106,7 @@ def test_every_weight_format(form: str, rows: int):
 def compressing(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if no cache held the weights, and widening cost nothing."""
     monkeypatch.setattr("taut.runtime.placed.LARGE", 0)
-    monkeypatch.setattr("taut.ops._laid.FEW", dict.fromkeys([True, False], 16))
+    monkeypatch.setattr("taut.ops._laid.FEW", dict.fromkeys([torch.float32, torch.bfloat16], (16, 16)))
 
 
 @pytest.mark.skipif(not LOOKS_UP, reason="COMPRESSED WEIGHTS NOT TESTED: no instruction looks up bytes")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import taut
 from taut.checkpoint import BadInput
 from taut.ops._numba.compressed import LOOKS_UP
+from taut.ops._numba.simd import ROOMY
 from taut.quality import Quality, compare
 from taut.runtime.engine import Engine
 from taut.shrink import tiny_model
@@ -70,14 +71,14 @@ def test_int4_costs_more_than_int8_and_is_still_the_model():
     ("weights_kind", "bytes_each"), [("int8", 1.0), ("int4", 0.5625), ("bf16", 1.5), ("fp32", 3.5), ("fp16", 2.0)]
 )
 def test_a_step_reads_as_many_bytes_as_the_weights_have(weights_kind, bytes_each, monkeypatch):
-    """bfloat16 and float32 are compressed where the processor has an instruction that looks up a register of bytes."""
+    """bfloat16 is compressed where the processor can, float32 where it has many registers too."""
     import transformers
 
     monkeypatch.setattr("taut.runtime.placed.LARGE", 0)
 
     model = _model(transformers)
     multiplied = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name)
-    if not LOOKS_UP:
+    if not (LOOKS_UP and (ROOMY or weights_kind == "bf16")):
         bytes_each = {1.5: 2.0, 3.5: 4.0}.get(bytes_each, bytes_each)
     read = taut.compile(model, weights=weights_kind).bytes_a_step() / multiplied
     assert bytes_each <= read < 1.08 * bytes_each

@@ -79,10 +79,9 @@ def prefetch(builder: Any, address: Any, count: int, every: int = 1) -> None:
 def ask(builder: Any, tag: types.Type, place: Any, count: int) -> None:
     """Ask for lines of one of several streams where that serves.
 
-    Registers of AVX2 take float32, compressed or not, in so few instructions a line that the processor looks far enough
-    ahead without.
+    Registers of AVX2 take float32 in so few instructions that the processor looks far enough ahead without.
     """
-    if ROOMY or tag not in (types.float32, types.uint32):
+    if ROOMY or tag != types.float32:
         prefetch(builder, place, count)
 
 
