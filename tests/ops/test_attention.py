@@ -6,6 +6,8 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from taut.ops.attention import attention
 
+DRAWS = 16
+
 
 def inputs(length: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
@@ -100,10 +102,14 @@ def test_a_long_way_from_zero():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("d", [8, 16, 32, 48, 80, 128])
 def test_decode_of_any_width_and_group_errs_at_most_twice_as_much_as_plain_code(d: int, dtype: torch.dtype):
+    """In the mean of the greatest errors of many draws: one alone is three times another one once in a thousand."""
     for group in (1, 2, 3, 5):
-        q, k, v = (torch.randn(1, heads, rows, d).to(dtype) for heads, rows in ((2 * group, 1), (2, 39), (2, 39)))
-        exact = attention(q.double(), k.double(), v.double(), impl="reference")
-        plain = attention(q, k, v, impl="reference")
-        fast = attention(q, k, v, impl="numba")
-        errors = [(y.double() - exact).abs().max() for y in (fast, plain)]
-        assert errors[0] <= 2 * errors[1] + torch.finfo(dtype).eps * exact.abs().max()
+        errors = torch.zeros(3, dtype=torch.float64)
+        for _ in range(DRAWS):
+            q, k, v = (torch.randn(1, heads, rows, d).to(dtype) for heads, rows in ((2 * group, 1), (2, 39), (2, 39)))
+            exact = attention(q.double(), k.double(), v.double(), impl="reference")
+            plain = attention(q, k, v, impl="reference")
+            fast = attention(q, k, v, impl="numba")
+            greatest = [(y.double() - exact).abs().max() for y in (fast, plain)]
+            errors += torch.stack([*greatest, exact.abs().max()]) / DRAWS
+        assert errors[0] <= 2 * errors[1] + torch.finfo(dtype).eps * errors[2]
