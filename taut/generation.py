@@ -28,6 +28,7 @@ class Spent:
     seconds: float = 0.0
     bytes: float = 0.0
     slack: float | None = None
+    compression: float = 1.0
     ended: str = "stop"
 
     @property
@@ -48,7 +49,8 @@ class Spent:
         said = f"{self.tokens} tokens, {self.tokens_per_second:.1f} tokens/s"
         if not self.bytes:
             return said
-        said += f", {self.bandwidth / 1e9:.1f} GB/s, "
+        said += f", {self.bandwidth / 1e9:.1f} GB/s"
+        said += f" of weights compressed to {self.compression:.0%}, " if self.compression < 1 else ", "
         if self.slack is None:
             return said + "slack not known: run `taut machines --measure` once"
         why = " (a cache helped, or memory was slow when it was measured)" if self.slack < 1 else ""
@@ -72,7 +74,7 @@ class Writer:
     def stream(self, ids: list[int], max_new_tokens: int, **sampling: Any) -> Iterator[str]:
         """Pieces of text. Raises BadInput before the first of them, as `Engine.generate`."""
         tokens = self.engine.generate(ids, max_new_tokens, **sampling)
-        self.spent = Spent(len(ids))
+        self.spent = Spent(len(ids), compression=self.engine.compression)
         return pieces(self._counted(tokens, max_new_tokens), self.tokenizer)
 
     def _counted(self, tokens: Iterator[int], most: int) -> Iterator[int]:

@@ -12,13 +12,14 @@ import torch
 from typer.testing import CliRunner
 
 import taut
-from taut import machine
+from taut import machine, show_cost
 from taut.benchmark import Bench, Eager, bench, run
 from taut.benchmark.run import _load
 from taut.checkpoint import BadInput
 from taut.cli import app
 from taut.layers import layers
 from taut.machine import Figure, Machine
+from taut.ops._numba.compressed import LOOKS_UP
 from taut.parity import bounded, forced, greedy, in_float64, same_function
 from taut.report import bench_page
 
@@ -161,6 +162,28 @@ def test_a_model_in_taut_form_needs_the_original(tmp_path):
     for said in ("Slack by layer", "int8_weights", "fuse_glu", "model.layers.5", "To the decoding step"):
         assert said in text
     assert {row.runner for row in found.rows} == {"transformers", "taut"}
+
+
+@pytest.mark.skipif(not LOOKS_UP, reason="COMPRESSED WEIGHTS NOT TESTED: no instruction looks up bytes")
+def test_compressed_weights_are_told_and_counted(monkeypatch, capsys):
+    stored = bench(MODEL, weights="bf16", **SMALL)
+    monkeypatch.setattr("taut.runtime.placed.LARGE", 0)
+    found = bench(MODEL, weights="bf16", **SMALL)
+    assert stored.passed
+    assert found.passed
+    assert stored.compression == 1
+    assert 0.75 <= found.compression < 0.85
+    for workload in ("decode", "prefill"):
+        (less,), (more,) = (
+            [row.bytes for row in one.rows if (row.runner, row.workload) == ("taut", workload)]
+            for one in (found, stored)
+        )
+        assert (less < more) == (workload == "decode")
+    told = f"compressed without loss to {found.compression:.0%}"
+    assert told in bench_page(found)
+    assert told not in bench_page(stored)
+    show_cost.bench(found)
+    assert told in " ".join(capsys.readouterr().out.split())
 
 
 def test_every_layer_is_timed_before_and_after():

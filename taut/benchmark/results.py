@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Timed:
-    """Seconds a pass (median and best), and what they amount to; slack below 1 means that a cache helped."""
+    """Seconds a pass (median and best), and what they amount to; slack below 1 means that a cache helped.
+
+    `bytes` are those that it must read: the weights as they are stored, or compressed where they are read so.
+    """
 
     runner: str
     workload: str
@@ -43,7 +46,8 @@ class Bench:
     """One run. `rows` is empty where parity failed; `failed` says which runners could not run, and why.
 
     `apart` has the reason for each step that the engine leaves to torch; `plans` say what was applied and refused, to
-    the checkpoint (where it is in taut form) and to the decoding step; `layers` have the time of each layer.
+    the checkpoint (where it is in taut form) and to the decoding step; `layers` have the time of each layer. The engine
+    decodes by copies of the weights that are compressed, without loss, to `compression` of their size.
     """
 
     model: str
@@ -59,6 +63,7 @@ class Bench:
     layers: list[Layer] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
     costs: list[Cost] = field(default_factory=list)
+    compression: float = 1.0
 
     @property
     def passed(self) -> bool:
@@ -69,6 +74,7 @@ class Bench:
         rows = [row.as_dict() for row in self.rows]
         shown |= {"parity": self.parity.as_dict(), "rows": rows, "failed": self.failed}
         shown |= {"apart": self.apart, "plans": [plan.as_dict() for plan in self.plans]}
+        shown["compression"] = self.compression
         shown["layers"] = [layer.as_dict() for layer in self.layers]
         return shown | {"machine": asdict(self.machine), "environment": self.environment}
 

@@ -36,6 +36,7 @@ from taut.runtime.placed import ON_CPU, gpu
 
 if TYPE_CHECKING:
     from taut.layers import Layer
+    from taut.runtime.engine import Engine as Own
 
 STORED = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5 + 2 / 32}
 """Bytes of a weight as it lies in memory; int4 has a scale of two bytes a group of 32."""
@@ -91,6 +92,7 @@ def bench(
         if all:
             _add_compiled(runners, result, loaded, ids, prompt, tokens)
         seconds = _interleaved(runners, ids, prompt, tokens, rounds, result, device, tell)
+    result.compression = own.compression if (own := _own(ours)) else 1.0
     _fill(result, _name_of(loaded), seconds)
     result.layers = _layers(ours, eager, ids, prompt)
     return result
@@ -150,12 +152,19 @@ def _plans(model: Any, original: nn.Module) -> list[Plan]:
 def _layers(ours: Ours, eager: Eager, ids: list[int], prompt: int) -> list[Layer]:
     """Where the time of a decoding step goes; nothing where the engine is none of taut's own on a CPU."""
     from taut.layers import layers
-    from taut.runtime.engine import Engine as Own
 
-    if not isinstance(ours.engine, Own) or ours.engine.device.type != "cpu":
+    own = _own(ours)
+    if own is None or own.device.type != "cpu":
         return []
     eager.prefill(ids[:prompt])
-    return layers(ours.engine, eager.model, lambda: eager.step(ids[prompt]), prompt)
+    return layers(own, eager.model, lambda: eager.step(ids[prompt]), prompt)
+
+
+def _own(ours: Ours) -> Own | None:
+    """The engine, where it is taut's own."""
+    from taut.runtime.engine import Engine as Own
+
+    return ours.engine if isinstance(ours.engine, Own) else None
 
 
 def _engine(model: Any, **options: Any) -> Engine:
@@ -291,12 +300,10 @@ def _once(runner: Runner, ids: list[int], prompt: int, tokens: int, done: Callab
 
 def _fill(result: Bench, own: str, seconds: dict[tuple[str, str], list[float]]) -> None:
     """A row for every runner and workload; `own` names the weights of the original."""
-    works = {}
-    for found in result.costs:
-        for weights in {own, result.weights}:
-            works[found.workload.name, weights] = _work(found, STORED[weights] / STORED[own]), found
+    found_by = {found.workload.name: found for found in result.costs}
     for (name, workload), times in seconds.items():
-        work, found = works[workload, result.weights if name == "taut" else own]
+        found, shrunk = found_by[workload], STORED[result.weights] / STORED[own] if name == "taut" else 1.0
+        work = _work(found, shrunk * (result.compression if (name, workload) == ("taut", "decode") else 1.0))
         floor = max(
             work.bytes / result.machine.bandwidths["memory"].value,
             sum(item.computing(result.machine) for item in found.items),

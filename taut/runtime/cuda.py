@@ -29,6 +29,8 @@ class CudaRunner:
     formats that the kernels lack, for steps that no graph can hold, and before more memory is taken than is free.
     """
 
+    compression = 1.0
+
     def __init__(
         self,
         program: Program,

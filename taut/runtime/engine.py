@@ -160,6 +160,11 @@ class Engine:
                 return
             drawn = self._follow([step[slot] for slot in live], live, how)
 
+    @property
+    def compression(self) -> float:
+        """The bytes of weights that a step reads, of those that they have as they are stored."""
+        return self.runner.compression
+
     def bytes_a_step(self) -> int:
         """Bytes of weights and caches that the next step of all slots in use reads."""
         return self.runner.bytes_a_token([length for length in self.lengths if length] or [0])

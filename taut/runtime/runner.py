@@ -15,7 +15,7 @@ from taut.op import nbytes
 from taut.ops._numba.kernels import callable_at
 from taut.runtime._numba.interpreter import run
 from taut.runtime.packing import Packer, Segment
-from taut.runtime.placed import LARGE, free_memory, gathered, stored
+from taut.runtime.placed import LARGE, free_memory, gathered, matrices, stored
 from taut.runtime.sampling import Ints, Sampling, as_list
 from taut.runtime.steps import Attend, Embed, Glu, Linear, Program, Step, Torch, View, Weight
 
@@ -97,6 +97,12 @@ class Runner:
     def bytes_a_token(self, positions: list[int]) -> int:
         """Bytes of weights and caches that a run of rows at these positions reads."""
         return bytes_read(self.laid.steps, self.caches, positions)
+
+    @property
+    def compression(self) -> float:
+        """The bytes of all weights that are multiplied by, of those that they have as they are stored; at most 1."""
+        laid, given = (sum(map(weight_bytes, matrices(program, False))) for program in (self.laid, self.program))
+        return min(laid / given, 1.0) if given else 1.0
 
     def _take(self, *given: Ints) -> int:
         lists = checked_rows(given, (self.vocabulary, self.program.max_length, self.max_batch))

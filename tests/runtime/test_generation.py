@@ -16,6 +16,7 @@ import taut
 from taut import generation
 from taut.checkpoint import BadInput
 from taut.cli import app
+from taut.ops._numba.compressed import LOOKS_UP
 from taut.shrink import tiny_model
 
 DEMO = Path(taut.__file__).parent / "demo" / "model"
@@ -49,6 +50,17 @@ def test_it_streams_and_ends_with_one_line():
     assert "slack not known: run `taut machines --measure` once" in last
     again = run(str(DEMO), "--prompt", PROMPT, "--max-new-tokens", "20", "--temperature", "0.8", "--seed", "3")
     assert again.stdout.splitlines()[:-1] == done.stdout.splitlines()[:-1]
+
+
+@pytest.mark.skipif(not LOOKS_UP, reason="COMPRESSED WEIGHTS NOT TESTED: no instruction looks up bytes")
+def test_compressed_weights_are_told(monkeypatch):
+    given = str(DEMO), "--prompt", PROMPT, "--max-new-tokens", "5", "--weights", "bf16"
+    before = run(*given).stdout.splitlines()
+    monkeypatch.setattr("taut.runtime.placed.LARGE", 0)
+    after = run(*given).stdout.splitlines()
+    assert after[:-1] == before[:-1]
+    assert "compressed" not in before[-1]
+    assert "GB/s of weights compressed to " in after[-1]
 
 
 def test_json_is_one_object():
