@@ -95,13 +95,13 @@ def compressed(weight: Tensor) -> Laid | None:
     seen = weight.data_ptr(), n, k, weight.itemsize, tables.ctypes.data
     most = max(_each(blocks, lambda *some: name_all(*seen, *some)))
     room = -(-most // c.ALIGNED) * c.ALIGNED
-    round_, rounds = c.size_of_round(weight.itemsize), -(-k // INPUTS)
-    size = c.HEAD + rounds * round_ + room * c.EXCEPTION
+    round_size, rounds = c.size_of_round(weight.itemsize), -(-k // INPUTS)
+    size = c.HEAD + rounds * round_size + room * c.EXCEPTION
     if most > MOST_EXCEPTIONS * ABREAST * k or size >= ABREAST * k * weight.itemsize:
         return None
 
     def write(memory: Tensor) -> Tensor:
-        where = weight.data_ptr(), n, k, tables.ctypes.data, room, round_, memory.data_ptr()
+        where = weight.data_ptr(), n, k, tables.ctypes.data, room, round_size, memory.data_ptr()
         _each(blocks, lambda *some: compress(*where, *some, tag))
         return memory.view(blocks, size).view(stored)
 

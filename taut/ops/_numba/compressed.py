@@ -8,8 +8,8 @@ Of sixteen rows abreast a block holds its table, rounds of four inputs, and its 
 a byte, then every next byte and, of float32, the low halves, in the order in which registers of this processor put them
 together.
 
-Source: T. Zhang et al., 70% Size, 100% Accuracy: Lossless LLM Compression via Dynamic-Length Float, 2025
-(arXiv:2504.11651), which finds that exponents of trained weights take less than three bits.
+Source: Zhang and others, 70% Size, 100% Accuracy: Lossless LLM Compression for Efficient GPU Inference via
+Dynamic-Length Float (DFloat11), 2025, arXiv:2504.11651, which finds 2.6 bits in the exponents of trained weights.
 Differs: names have one length, so that a register of them is looked up at once and every block lies where it is sought.
 """
 

@@ -101,21 +101,21 @@ def put(builder: Any, value: Any, place: Any) -> None:
 
 
 @jit
-def compress(w, n, k, tables, room, round_, to, first, last, tag):
+def compress(w, n, k, tables, room, round_size, to, first, last, tag):
     """Write the blocks from first to last of a weight, of rounds of so many bytes and with room for exceptions.
 
     What is at the edge of the weight is packed from a copy with zeros around it.
     """
     size = array(w, 1, tag).itemsize
     rounds, row_size, edge = (k + INPUTS - 1) // INPUTS, k * size, np.zeros(NUMBERS * size, np.uint8)
-    whole = HEAD + rounds * round_ + room * EXCEPTION
+    whole = HEAD + rounds * round_size + room * EXCEPTION
     for block in range(first, last):
         rows, source, begin = min(ABREAST, n - block * ABREAST), w + block * ABREAST * row_size, to + block * whole
         table = tables + block * NAMES
         array(begin, HEAD, np.uint8(0))[:] = 0
         copy_bytes(table, begin, NAMES)
         array(begin + NAMES, 1, np.int32(0))[0] = room
-        end = begin + HEAD + rounds * round_
+        end = begin + HEAD + rounds * round_size
         array(end, room * EXCEPTION, np.uint8(0))[:] = UNUSED
         for i in range(rounds):
             taken, at, apart = min(INPUTS, k - i * INPUTS), source + i * INPUTS * size, row_size
@@ -124,7 +124,7 @@ def compress(w, n, k, tables, room, round_, to, first, last, tag):
                 for row in range(rows):
                     copy_bytes(at + row * row_size, np.int64(edge.ctypes.data) + row * INPUTS * size, taken * size)
                 at, apart = np.int64(edge.ctypes.data), INPUTS * size
-            if pack(tag, at, apart, table, begin + HEAD + i * round_):
+            if pack(tag, at, apart, table, begin + HEAD + i * round_size):
                 end = put_exceptions(at, apart, size, i * INPUTS, table, end)
 
 
