@@ -84,16 +84,14 @@ def compressed(weight: Tensor) -> Laid | None:
     and where its numbers are spread too widely: see ops/_numba/compressed.
     """
     from taut.ops._numba import compressed as c
-    from taut.ops._numba.compressing import compress, name_all
+    from taut.ops._numba.compressing import compress
 
     if not c.LOOKS_UP or weight.dtype not in COMPRESSED or not weight.numel():
         return None
     tag, stored = COMPRESSED[weight.dtype]
-    weight = weight.contiguous()
     (n, k), blocks = weight.shape, -(-len(weight) // ABREAST)
     tables = np.empty((blocks, c.NAMES), np.uint8)
-    seen = weight.data_ptr(), n, k, weight.itemsize, tables.ctypes.data
-    most = max(_each(blocks, lambda *some: name_all(*seen, *some)))
+    most = _most_exceptions(weight.contiguous(), tables)
     room = -(-most // c.ALIGNED) * c.ALIGNED
     round_size, rounds = c.size_of_round(weight.itemsize), -(-k // INPUTS)
     size = c.HEAD + rounds * round_size + room * c.EXCEPTION
@@ -101,11 +99,20 @@ def compressed(weight: Tensor) -> Laid | None:
         return None
 
     def write(memory: Tensor) -> Tensor:
-        where = weight.data_ptr(), n, k, tables.ctypes.data, room, round_size, memory.data_ptr()
+        given = weight.contiguous()  # a copy of one weight at a time
+        where = given.data_ptr(), n, k, tables.ctypes.data, room, round_size, memory.data_ptr()
         _each(blocks, lambda *some: compress(*where, *some, tag))
         return memory.view(blocks, size).view(stored)
 
     return Laid(blocks * size, write)
+
+
+def _most_exceptions(weight: Tensor, tables: np.ndarray) -> int:
+    """Write the table of every block; the most exceptions of one."""
+    from taut.ops._numba.compressing import name_all
+
+    where = weight.data_ptr(), *weight.shape, weight.itemsize, tables.ctypes.data
+    return max(_each(len(tables), lambda *some: name_all(*where, *some)))
 
 
 def _each(blocks: int, work: Callable[[int, int], Any]) -> list[Any]:

@@ -70,7 +70,8 @@ def read_back(found: Tensor, n: int, k: int, dtype: torch.dtype) -> Tensor:
                 bits[16 * b + where % 16, where // 16] = value
     assert not bits[n:].any()
     assert not bits[:, k:].any()
-    return torch.from_numpy(bits[:n, :k].copy()).view(torch.float32).to(dtype)
+    held = bits[:n, :k].view(np.int32) if size == 4 else (bits[:n, :k] >> 16).astype(np.uint16).view(np.int16)
+    return torch.from_numpy(held.copy()).view(dtype)
 
 
 def product(form: int, weight: Tensor, x: Tensor, outputs: int) -> Tensor:
@@ -129,6 +130,15 @@ def test_what_would_not_become_smaller_is_left():
         assert laid(some, 1).nbytes == some.nbytes
     assert laid(normal, 1).nbytes < 0.8 * normal.nbytes
     assert laid(normal, 16).nbytes == normal.nbytes
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 1.5, torch.nan, torch.inf, -1e-42])
+@pytest.mark.parametrize("dtype", FORMS)
+def test_weights_of_one_value(value: float, dtype: torch.dtype):
+    weight = torch.full((20, 260), value, dtype=dtype)
+    weight[3, 5] = 7
+    as_bits = torch.int32 if dtype == torch.float32 else torch.int16
+    assert torch.equal(read_back(stored(weight), 20, 260, dtype).view(as_bits), weight.view(as_bits))
 
 
 @given(seed=st.integers(0, 2**31), scale=st.integers(-30, 30), spread=st.integers(0, 3), turned=st.booleans())
