@@ -8,8 +8,8 @@ others use too, its speed changes by the second: where there are enough of them,
 a plain read was about as fast as the fastest of all (give many rounds there). Slack is the time over that of reading
 what a token needs, as it is stored, at the best read bandwidth found in the same run, before, between and after the
 turns; below 1 a cache served some of it, or the weights were compressed. `beside` is the same against the plain reads
-beside each turn, the median. llama.cpp joins where
-`llama_cpp` and `gguf` can be imported. `--growth` measures taut alone against context and batch.
+beside each turn, the median. llama.cpp joins where `llama_cpp` and `gguf` can be imported. `--growth` measures taut
+alone against context and batch.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ import ctypes
 import sys
 from collections.abc import Iterable, Sequence
 from functools import cache
-from itertools import accumulate
 from pathlib import Path
 from threading import Thread
 
@@ -26,9 +25,9 @@ def side_by_side(sizes: Sequence[int]) -> list[Tensor]:
 
     Tensors that torch allocates one by one do not fill large pages, and a mapped file lies on small ones.
     """
-    ends = list(accumulate(-(-size // PAIR) * PAIR for size in sizes))
-    region = large(ends[-1] if ends else 0)
-    return [region[end - (-(-size // PAIR) * PAIR) :][:size] for end, size in zip(ends, sizes, strict=True)]
+    whole = [-(-size // PAIR) * PAIR for size in sizes]
+    parts = large(sum(whole)).split(whole)
+    return [part[:size] for part, size in zip(parts, sizes, strict=True)]
 
 
 def large(size: int) -> Tensor:

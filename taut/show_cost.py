@@ -182,7 +182,7 @@ def bench(found: Bench) -> None:
             table.add_row(row.runner, duration(row.seconds), *rates, slack, f"{base / row.seconds:.2f}x")
         console.print(Padding(table, (0, 0, 0, 2)))
     memory = found.machine.bandwidths["memory"]
-    if found.rows and found.compression < 1:
-        console.print(f"\ntaut decodes by copies of the weights, compressed without loss to {found.compression:.0%}")
+    if found.rows and found.compressed:
+        console.print(f"\n{found.compressed}")
     if found.rows:
         console.print(f"\n[dim]memory {size(memory.value, 'B/s')}: {escape(memory.source)}[/dim]")

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from taut.huge_pages import PAIR, SIZE, collapse, collapse_meanwhile, side_by_side
+from taut.ops._laid import copied
+
+
+def copies_of(tensors: list[Tensor]) -> list[Tensor]:
+    rooms = side_by_side([t.nbytes for t in tensors])
+    return [copied(t).write(room) for t, room in zip(tensors, rooms, strict=True)]
 
 
 def on_large_pages() -> int:
@@ -38,15 +46,19 @@ def test_nothing_to_move():
     assert collapse([]) == 0
 
 
-def test_rooms_lie_side_by_side():
-    sizes = [7, 2**24, 4]
-    rooms = side_by_side(sizes)
-    assert [room.shape for room in rooms] == [(size,) for size in sizes]
-    assert [room.data_ptr() % PAIR for room in rooms] == [0, 0, 0]
-    assert [room.data_ptr() - rooms[0].data_ptr() for room in rooms] == [0, PAIR, PAIR + 2**24]
-    rooms[1].fill_(1)
-    assert not side_by_side([])
-    moved = collapse(rooms[1:2])
-    if not moved:
+def test_copies_lie_side_by_side():
+    numbers, square = torch.arange(7, dtype=torch.int8), torch.arange(2.0**22).view(2**11, 2**11)
+    tensors = [numbers, square.T, torch.arange(3).bfloat16()[1:]]
+    gc.collect()  # or memory of earlier tests goes in between
+    before = on_large_pages() if SIZE.exists() else 0
+    copies = copies_of(tensors)
+    for copy, t in zip(copies, tensors, strict=True):
+        torch.testing.assert_close(copy, t, rtol=0, atol=0)
+        assert copy.is_contiguous()
+    assert [copy.data_ptr() % PAIR for copy in copies] == [0, 0, 0]
+    assert [copy.data_ptr() - copies[0].data_ptr() for copy in copies] == [0, PAIR, PAIR + square.nbytes]
+    assert not copies_of([torch.nn.Parameter(square)])[0].requires_grad
+    assert not copies_of([])
+    if not collapse(copies[1:2]):
         pytest.skip("LARGE PAGES NOT TESTED: this system gives none")
-    assert moved >= 2**24 - 2 * int(SIZE.read_text())
+    assert on_large_pages() - before >= square.nbytes - 2 * int(SIZE.read_text())

@@ -69,6 +69,13 @@ class Bench:
     def passed(self) -> bool:
         return self.parity.passed
 
+    @property
+    def compressed(self) -> str:
+        """How the engine's weights are read, in words; empty where as they are stored."""
+        if self.compression == 1:
+            return ""
+        return f"taut decodes by copies of the weights, compressed without loss to {self.compression:.0%}"
+
     def as_dict(self) -> dict[str, Any]:
         shown = {"model": self.model, "weights": self.weights, "prompt": self.prompt, "tokens": self.tokens}
         rows = [row.as_dict() for row in self.rows]

@@ -85,6 +85,7 @@ def bench(
             parity = _bounded(eager, ours, noises, ids, prompt, tokens, loss)
         here = machines.measured(device) or machines.measure(lambda what: tell(what, 0, 1), device)
         shown = {"apart": ours.engine.explain(), "environment": environment(device), "costs": costs, "plans": plans}
+        shown["compression"] = _compression(ours)
         result = Bench(name, stored, prompt, tokens, parity, here, **shown)
         if not parity.passed:
             return result
@@ -92,7 +93,6 @@ def bench(
         if all:
             _add_compiled(runners, result, loaded, ids, prompt, tokens)
         seconds = _interleaved(runners, ids, prompt, tokens, rounds, result, device, tell)
-    result.compression = own.compression if (own := _own(ours)) else 1.0
     _fill(result, _name_of(loaded), seconds)
     result.layers = _layers(ours, eager, ids, prompt)
     return result
@@ -165,6 +165,11 @@ def _own(ours: Ours) -> Own | None:
     from taut.runtime.engine import Engine as Own
 
     return ours.engine if isinstance(ours.engine, Own) else None
+
+
+def _compression(ours: Ours) -> float:
+    own = _own(ours)
+    return 1.0 if own is None else own.compression
 
 
 def _engine(model: Any, **options: Any) -> Engine:
@@ -302,8 +307,10 @@ def _fill(result: Bench, own: str, seconds: dict[tuple[str, str], list[float]]) 
     """A row for every runner and workload; `own` names the weights of the original."""
     found_by = {found.workload.name: found for found in result.costs}
     for (name, workload), times in seconds.items():
-        found, shrunk = found_by[workload], STORED[result.weights] / STORED[own] if name == "taut" else 1.0
-        work = _work(found, shrunk * (result.compression if (name, workload) == ("taut", "decode") else 1.0))
+        found, shrunk = found_by[workload], 1.0
+        if name == "taut":
+            shrunk = STORED[result.weights] / STORED[own] * (result.compression if workload == "decode" else 1.0)
+        work = _work(found, shrunk)
         floor = max(
             work.bytes / result.machine.bandwidths["memory"].value,
             sum(item.computing(result.machine) for item in found.items),

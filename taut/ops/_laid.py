@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from taut.ops._cpu import threads
 from taut.ops._weights import ABREAST, INPUTS
 
 FEW = {torch.bfloat16: (2, 4), torch.float32: (0, 4)}
@@ -20,8 +19,6 @@ MOST_EXCEPTIONS = 1 / 128
 """The part of a block's numbers up to which exceptions take little time beside its rounds."""
 COMPRESSED = {torch.bfloat16: (np.uint16(0), torch.uint16), torch.float32: (np.float32(0), torch.uint32)}
 """What is compressed, as numba takes it, and the dtype that tells what a compressed weight holds."""
-SHARE = 64
-"""Blocks that a thread compresses at a time."""
 
 
 @dataclass(frozen=True)
@@ -84,39 +81,22 @@ def compressed(weight: Tensor) -> Laid | None:
     and where its numbers are spread too widely: see ops/_numba/compressed.
     """
     from taut.ops._numba import compressed as c
-    from taut.ops._numba.compressing import compress
+    from taut.ops._numba.compressing import compress, name_all
 
     if not c.LOOKS_UP or weight.dtype not in COMPRESSED or not weight.numel():
         return None
     tag, stored = COMPRESSED[weight.dtype]
-    (n, k), blocks = weight.shape, -(-len(weight) // ABREAST)
-    tables = np.empty((blocks, c.NAMES), np.uint8)
-    most = _most_exceptions(weight.contiguous(), tables)
+    (n, k), blocks, parts = weight.shape, -(-len(weight) // ABREAST), threads(weight.nbytes)
+    tables, given = np.empty((blocks, c.NAMES), np.uint8), weight.contiguous()
+    most = name_all(given.data_ptr(), n, k, weight.itemsize, tables.ctypes.data, parts)
     room = -(-most // c.ALIGNED) * c.ALIGNED
-    round_size, rounds = c.size_of_round(weight.itemsize), -(-k // INPUTS)
-    size = c.HEAD + rounds * round_size + room * c.EXCEPTION
+    size = c.size_of_block(k, weight.itemsize, room)
     if most > MOST_EXCEPTIONS * ABREAST * k or size >= ABREAST * k * weight.itemsize:
         return None
 
     def write(memory: Tensor) -> Tensor:
         given = weight.contiguous()  # a copy of one weight at a time
-        where = given.data_ptr(), n, k, tables.ctypes.data, room, round_size, memory.data_ptr()
-        _each(blocks, lambda *some: compress(*where, *some, tag))
+        compress(given.data_ptr(), n, k, tables.ctypes.data, room, memory.data_ptr(), tag, parts)
         return memory.view(blocks, size).view(stored)
 
     return Laid(blocks * size, write)
-
-
-def _most_exceptions(weight: Tensor, tables: np.ndarray) -> int:
-    """Write the table of every block; the most exceptions of one."""
-    from taut.ops._numba.compressing import name_all
-
-    where = weight.data_ptr(), *weight.shape, weight.itemsize, tables.ctypes.data
-    return max(_each(len(tables), lambda *some: name_all(*where, *some)))
-
-
-def _each(blocks: int, work: Callable[[int, int], Any]) -> list[Any]:
-    """work(first, last) of shares of some blocks, by as many threads as torch uses."""
-    starts = range(0, blocks, SHARE)
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        return list(pool.map(lambda first: work(first, min(first + SHARE, blocks)), starts))

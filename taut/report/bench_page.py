@@ -89,9 +89,8 @@ def _measured(found: Bench, workload: str) -> str:
     lines = [_line(row, base / row.seconds) for row in rows]
     title = "Decode, one token a step" if workload == "decode" else f"Prefill of {found.prompt} tokens"
     measured = [html.table(f"{title}: medians of interleaved rounds", HEADINGS, lines)]
-    if workload == "decode" and found.compression < 1:
-        told = f"taut decodes by copies of the weights, compressed without loss to {found.compression:.0%}."
-        measured.append(html.paragraph(told))
+    if workload == "decode" and found.compressed:
+        measured.append(html.paragraph(found.compressed + "."))
     return html.section(title, *measured)
 
 

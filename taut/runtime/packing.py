@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from taut.ops._numba.abreast import whole
-from taut.ops._numba.compressed import EXCEPTION, HEAD, NAMES, size_of_round
+from taut.ops._numba.compressed import NAMES, size_of_block
 from taut.ops._numba.formats import (
     BFLOAT16,
     BFLOAT16_ABREAST,
@@ -28,7 +28,6 @@ from taut.ops._numba.formats import (
     PRODUCTS,
 )
 from taut.ops._numba.products import ACTS
-from taut.ops._weights import INPUTS
 from taut.runtime._numba import dense, place, table
 from taut.runtime._numba.dense import BLOCK, room_for
 from taut.runtime._numba.place import MOST_CHUNKS, most_keys_a_chunk
@@ -345,8 +344,7 @@ class Packer:
 def takes(compressed: Tensor, k: int) -> bool:
     """Whether a compressed weight has k inputs."""
     block = compressed[0].view(torch.uint8)
-    room, rounds = int(block[NAMES:].view(torch.int32)[0]), whole(k) // INPUTS
-    return len(block) == HEAD + rounds * size_of_round(compressed.itemsize) + room * EXCEPTION
+    return len(block) == size_of_block(k, compressed.itemsize, int(block[NAMES:].view(torch.int32)[0]))
 
 
 def width(view: View) -> int:

@@ -187,7 +187,7 @@ def size_of_block(w, k, tag):
 def abreast(w, x, x_stride, tokens, k, first, last, out, out_stride, after, tag):
     """`products` for rows from a multiple of sixteen on; writes whole blocks of them."""
     rounds, blocks = whole(k) // INPUTS, (last - first + LANES - 1) // LANES
-    head, size, block = head_of(tag), round_of(tag), size_of_block(w, k, tag)
+    head, size, rest, block = head_of(tag), round_of(tag), exceptions(w, tag), size_of_block(w, k, tag)
     begin = w + first // LANES * block
     stop = begin + blocks * block
     for t in range(tokens):
@@ -200,10 +200,10 @@ def abreast(w, x, x_stride, tokens, k, first, last, out, out_stride, after, tag)
             here, seen = at_first + head + start * size, x + start * 4 * INPUTS
             turns(side_by_side, tokens, here, apart * block, at_first, stop, after, seen, x_stride,
                   min(SPAN, rounds - start), out + low * 4 * LANES, apart * 4 * LANES, out_stride, tag)  # fmt: skip
-        if head:
+        if rest:
             for b in range(low, blocks, apart):
                 end = begin + (b + 1) * block
-                add_exceptions(end - exceptions(w, tag), end, x, x_stride, tokens, out + b * 4 * LANES, out_stride)
+                add_exceptions(end - rest, end, x, x_stride, tokens, out + b * 4 * LANES, out_stride)
 
 
 @jit

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from llvmlite import binding, ir
 from numba import types
+from numba.extending import register_jitable
 
 from taut.ops._numba.kernels import jit
 from taut.ops._numba.rows import indices
@@ -47,9 +48,16 @@ UNUSED = 255
 BYTE = ir.IntType(8)
 
 
-def size_of_round(itemsize: int) -> int:
+@register_jitable
+def size_of_round(itemsize):
     """Of numbers of so many bytes."""
     return LOWS + (itemsize - 2) * NUMBERS
+
+
+@register_jitable
+def size_of_block(k, itemsize, room):
+    """Of rows of k numbers of so many bytes, with room for so many exceptions."""
+    return HEAD + (k + INPUTS - 1) // INPUTS * size_of_round(itemsize) + room * EXCEPTION
 
 
 def loaded(builder: Any, place: Any, kind: ir.Type, count: int) -> Any:
@@ -100,22 +108,21 @@ def widened(builder: Any, kind: types.Type, place: Any, head: Any) -> Iterator[l
 
 
 @intrinsic
-def room_after(_typing, tag):
-    """Bytes of each exception in the format of a tag; 0 where there are none."""
-    size = EXCEPTION if tag in STORED else 0
-    return types.int64(tag), lambda *_: ir.Constant(ir.IntType(64), size)
+def is_compressed(_typing, tag):
+    """Whether a tag is that of a compressed weight."""
+    return types.boolean(tag), lambda *_: ir.Constant(ir.IntType(1), tag in STORED)
 
 
 @jit
 def head_of(tag):
     """Bytes before the rounds of a block."""
-    return HEAD if room_after(tag) else 0
+    return HEAD if is_compressed(tag) else 0
 
 
 @jit
 def exceptions(w, tag):
     """Bytes after the rounds of a block of the weight that begins at w."""
-    return array(w + NAMES, 1, np.int32(0))[0] * EXCEPTION if room_after(tag) else 0
+    return array(w + NAMES, 1, np.int32(0))[0] * EXCEPTION if is_compressed(tag) else 0
 
 
 @jit

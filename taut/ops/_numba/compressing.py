@@ -8,11 +8,25 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 
-from taut.ops._numba.compressed import BYTE, EXCEPTION, HEAD, LOWS, NAMES, NEXT, NUMBERS, QUARTER, UNUSED, loaded
+from taut.ops._numba.compressed import (
+    BYTE,
+    EXCEPTION,
+    HEAD,
+    LOWS,
+    NAMES,
+    NEXT,
+    NUMBERS,
+    QUARTER,
+    UNUSED,
+    loaded,
+    size_of_block,
+    size_of_round,
+)
 from taut.ops._numba.kernels import jit
+from taut.ops._numba.parallel import shared
 from taut.ops._numba.rows import indices
-from taut.ops._numba.scalar import INT16, array, intrinsic, splat
-from taut.ops._numba.simd import BITS, WIDTH, at
+from taut.ops._numba.scalar import INT16, array, intrinsic, span, splat
+from taut.ops._numba.simd import BITS, WIDTH, at, store
 from taut.ops._weights import ABREAST, INPUTS
 
 
@@ -23,13 +37,10 @@ def high_byte(place, size):
 
 
 @jit
-def name_all(w, n, k, size, tables, first, last):
-    """Write the tables of the blocks from first to last of a weight (n, k) of numbers of so many bytes.
-
-    A table has zero and the fifteen high bytes that are most frequent. Gives the most exceptions of one block.
-    """
-    counts, most = np.zeros(256, np.int64), 0
-    for block in range(first, last):
+def name_part(part, parts, w, n, k, size, tables, most):
+    """Write the tables of a share of the blocks, and the most exceptions of one of them."""
+    counts = np.zeros(256, np.int64)
+    for block in range(*span((n + ABREAST - 1) // ABREAST, part, parts)):
         rows, table = min(ABREAST, n - block * ABREAST), array(tables + block * NAMES, NAMES, np.uint8(0))
         counts[:] = 0
         for i in range(rows * k):
@@ -41,8 +52,21 @@ def name_all(w, n, k, size, tables, first, last):
                 if counts[high] > counts[best]:
                     best = high
             table[name], counts[best] = best, 0
-        most = max(most, counts.sum())
-    return most
+        most[part] = max(most[part], counts.sum())
+
+
+share_names = shared(name_part)
+
+
+@jit
+def name_all(w, n, k, size, tables, parts):
+    """Write the tables of a weight (n, k) of numbers of so many bytes; the most exceptions of a block.
+
+    A table has zero and the fifteen high bytes that are most frequent in its block.
+    """
+    most = np.zeros(parts, np.int64)
+    share_names(parts, (w, n, k, size, tables, most))
+    return most.max()
 
 
 @intrinsic
@@ -76,8 +100,8 @@ def pack(_typing, tag, w, row_size, table, to):
             names = builder.select(builder.icmp_unsigned("==", high, entry), splat(high.type, name), names)
         unknown = builder.and_(builder.icmp_unsigned("==", names, zero), builder.icmp_unsigned("!=", high, zero))
         halves = [builder.shuffle_vector(names, names, indices(*range(n, n + NEXT))) for n in (0, NEXT)]
-        put(builder, builder.or_(halves[0], builder.shl(halves[1], splat(halves[1].type, 4))), to)
-        put(builder, builder.select(unknown, zero, byte(builder, numbers, 2)), at(builder, to, (1, NEXT)))
+        store(builder, builder.or_(halves[0], builder.shl(halves[1], splat(halves[1].type, 4))), to)
+        store(builder, builder.select(unknown, zero, byte(builder, numbers, 2)), at(builder, to, (1, NEXT)))
         for q, some in enumerate(numbers) if size == 4 else ():
             mine = builder.shuffle_vector(unknown, unknown, indices(*range(16 * q, 16 * q + 16)))
             low = builder.trunc(some, ir.VectorType(INT16, 16))
@@ -85,7 +109,7 @@ def pack(_typing, tag, w, row_size, table, to):
             part, each = q * QUARTER // WIDTH, WIDTH // QUARTER
             for pair in range(2):
                 place = at(builder, to, (1, LOWS), (16, (2 * part + pair) * each + q % each))
-                put(builder, builder.shuffle_vector(low, low, indices(*range(8 * pair, 8 * pair + 8))), place)
+                store(builder, builder.shuffle_vector(low, low, indices(*range(8 * pair, 8 * pair + 8))), place)
         every = builder.bitcast(unknown, ir.IntType(NUMBERS))
         return builder.icmp_unsigned("!=", every, ir.Constant(every.type, 0))
 
@@ -96,26 +120,18 @@ def joined(builder: Any, a: Any, b: Any) -> Any:
     return builder.shuffle_vector(a, b, indices(*range(2 * a.type.count)))
 
 
-def put(builder: Any, value: Any, place: Any) -> None:
-    builder.store(value, builder.inttoptr(place, value.type.as_pointer()), align=1)
-
-
 @jit
-def compress(w, n, k, tables, room, round_size, to, first, last, tag):
-    """Write the blocks from first to last of a weight, of rounds of so many bytes and with room for exceptions.
-
-    What is at the edge of the weight is packed from a copy with zeros around it.
-    """
+def compress_part(part, parts, w, n, k, tables, room, to, tag):
+    """Write a share of the blocks. What is at the edge of the weight is packed from a copy with zeros around it."""
     size = array(w, 1, tag).itemsize
     rounds, row_size, edge = (k + INPUTS - 1) // INPUTS, k * size, np.zeros(NUMBERS * size, np.uint8)
-    whole = HEAD + rounds * round_size + room * EXCEPTION
-    for block in range(first, last):
+    whole = size_of_block(k, size, room)
+    for block in range(*span((n + ABREAST - 1) // ABREAST, part, parts)):
         rows, source, begin = min(ABREAST, n - block * ABREAST), w + block * ABREAST * row_size, to + block * whole
-        table = tables + block * NAMES
+        table, end = tables + block * NAMES, begin + whole - room * EXCEPTION
         array(begin, HEAD, np.uint8(0))[:] = 0
         copy_bytes(table, begin, NAMES)
         array(begin + NAMES, 1, np.int32(0))[0] = room
-        end = begin + HEAD + rounds * round_size
         array(end, room * EXCEPTION, np.uint8(0))[:] = UNUSED
         for i in range(rounds):
             taken, at, apart = min(INPUTS, k - i * INPUTS), source + i * INPUTS * size, row_size
@@ -124,8 +140,17 @@ def compress(w, n, k, tables, room, round_size, to, first, last, tag):
                 for row in range(rows):
                     copy_bytes(at + row * row_size, np.int64(edge.ctypes.data) + row * INPUTS * size, taken * size)
                 at, apart = np.int64(edge.ctypes.data), INPUTS * size
-            if pack(tag, at, apart, table, begin + HEAD + i * round_size):
+            if pack(tag, at, apart, table, begin + HEAD + i * size_of_round(size)):
                 end = put_exceptions(at, apart, size, i * INPUTS, table, end)
+
+
+share_blocks = shared(compress_part)
+
+
+@jit
+def compress(w, n, k, tables, room, to, tag, parts):
+    """Write a weight (n, k) of the tag's type, with room for so many exceptions a block."""
+    share_blocks(parts, (w, n, k, tables, room, to, tag))
 
 
 @jit
