@@ -54,9 +54,8 @@ SPAN, CHAINS = 64, 4 if ROOMY else 1
 PAIRED = 4
 """Tokens up to which, where registers are few, two by two are multiplied with two blocks at a time. More, and several
 where registers are many, read one stream."""
-TOKENS, FEW = 6, 3
-"""Tokens at a time, and those for which every second line is asked for: who multiplies by more reads on too late to be
-given the rest."""
+TOKENS = 6
+"""Tokens at a time."""
 Pairs = Iterator[tuple[int, int, list[Any], list[Any]]]
 """(token, row, a few inputs of the token, the same of the row), a row being what a register holds."""
 
@@ -138,8 +137,7 @@ def turn(_typing, tag, blocks, tokens, w, apart, heads, stop, after, x, x_stride
                 for place in here:
                     ask_near(builder, kind, place, lines)
             elif ROOMY:
-                soon = of_a_pair(builder, at(builder, ahead, (index, size)))
-                prefetch(builder, soon, lines, every=2 if many <= FEW else 1)
+                prefetch(builder, of_a_pair(builder, at(builder, ahead, (index, size))), lines)
             for n in range(0, INPUTS, step):
                 inputs = [at(builder, place, (index, 4 * INPUTS), (n, 4)) for place in tokens_at]
                 places = [at(builder, place, (n, size // INPUTS)) for place in here]
