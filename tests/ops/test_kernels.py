@@ -13,6 +13,17 @@ import taut
 from taut.ops._numba.kernels import invoke, jit, kernel, record
 from taut.ops._numba.scalar import array
 
+EVERY = """
+import sys
+from taut.ops._numba.formats import PRODUCTS
+from taut.runtime._numba import dense, place
+from taut.runtime._numba.interpreter import run
+steps = dense.linear, dense.glu, dense.normalize, dense.combine, place.embed, place.turn, place.attend
+kinds = *PRODUCTS.values(), *place.APPEND.values(), *place.ATTEND_CHUNK.values()
+for kernel in (*steps, place.attend_early, place.merge_chunks, run, *kinds):
+    kernel()
+print("numba.np.arrayobj" in sys.modules)
+"""
 PAIR = np.dtype([("count", np.int64), ("scale", np.float64)])
 HITS = "from taut.ops._numba.formats import share_of as f; f(100, 1, 3); print(sum(f.stats.cache_hits.values()))"
 
@@ -51,3 +62,10 @@ def test_what_is_compiled_is_kept_until_any_source_changes(tmp_path: Path):
     assert [hits(), hits()] == [0, 1]
     (copy / "ops" / "_numba" / "scalar.py").open("a").write("\n")
     assert hits() == 0
+
+
+def test_what_is_kept_loads_without_what_compiles():
+    """A kernel that made arrays would end the second process."""
+    command = [sys.executable, "-c", EVERY]
+    said = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2)]
+    assert said[1] == "False\n"

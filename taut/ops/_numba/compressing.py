@@ -22,7 +22,7 @@ from taut.ops._numba.compressed import (
     size_of_block,
     size_of_round,
 )
-from taut.ops._numba.kernels import jit
+from taut.ops._numba.kernels import allocating, jit
 from taut.ops._numba.parallel import shared
 from taut.ops._numba.rows import indices
 from taut.ops._numba.scalar import INT16, array, intrinsic, span, splat
@@ -36,7 +36,7 @@ def high_byte(place, size):
     return array(place + size - 1, 1, np.uint8(0))[0]
 
 
-@jit
+@allocating
 def name_part(part, parts, w, n, k, size, tables, most):
     """Write the tables of a share of the blocks, and the most exceptions of one of them."""
     counts = np.zeros(256, np.int64)
@@ -58,7 +58,7 @@ def name_part(part, parts, w, n, k, size, tables, most):
 share_names = shared(name_part)
 
 
-@jit
+@allocating
 def name_all(w, n, k, size, tables, parts):
     """Write the tables of a weight (n, k) of numbers of so many bytes; the most exceptions of a block.
 
@@ -120,7 +120,7 @@ def joined(builder: Any, a: Any, b: Any) -> Any:
     return builder.shuffle_vector(a, b, indices(*range(2 * a.type.count)))
 
 
-@jit
+@allocating
 def compress_part(part, parts, w, n, k, tables, room, to, tag):
     """Write a share of the blocks. What is at the edge of the weight is packed from a copy with zeros around it."""
     size = array(w, 1, tag).itemsize
@@ -147,7 +147,7 @@ def compress_part(part, parts, w, n, k, tables, room, to, tag):
 share_blocks = shared(compress_part)
 
 
-@jit
+@allocating
 def compress(w, n, k, tables, room, to, tag, parts):
     """Write a weight (n, k) of the tag's type, with room for so many exceptions a block."""
     share_blocks(parts, (w, n, k, tables, room, to, tag))
@@ -155,7 +155,9 @@ def compress(w, n, k, tables, room, to, tag, parts):
 
 @jit
 def copy_bytes(source, to, count):
-    array(to, count, np.uint8(0))[:] = array(source, count, np.uint8(0))
+    read, written = array(source, count, np.uint8(0)), array(to, count, np.uint8(0))
+    for i in range(count):
+        written[i] = read[i]
 
 
 @jit

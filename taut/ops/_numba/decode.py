@@ -10,7 +10,7 @@ import numba as nb
 import numpy as np
 
 from taut.ops._numba.caches import KEYS, as_read, as_written, blend, tile
-from taut.ops._numba.kernels import jit
+from taut.ops._numba.kernels import allocating, jit
 from taut.ops._numba.parallel import shared
 from taut.ops._numba.rows import NEAR
 from taut.ops._numba.scalar import array, borrowed, down, exp, span, tanh, up
@@ -198,7 +198,7 @@ def merge(peaks, totals, parts, sink, to, tag):
         to[i] = down(sums[i] / total if total != 0 else nb.float32(0), tag)
 
 
-@jit
+@allocating
 def pieces(part, parts, wide, k, k_strides, v, v_strides, shape, cap, mask, mask_strides, additive, alibi,
            peaks, totals, sums, k_tag, mask_tag):  # fmt: skip
     """The part-th share of all chunks of all key heads of all sequences."""
@@ -224,7 +224,7 @@ def pieces(part, parts, wide, k, k_strides, v, v_strides, shape, cap, mask, mask
 share_pieces = shared(pieces)
 
 
-@jit
+@allocating
 def attention(q, k, k_strides, v, v_strides, y, batch, heads, kv_heads, d, dv, lowest, keys, step, scale, cap, mask,
               mask_strides, additive, sinks, alibi, parts, tag, k_tag, mask_tag):  # fmt: skip
     """y (batch, heads, dv) from q (batch, heads, d); strides are (batch, head, row) in bytes."""

@@ -22,6 +22,8 @@ from taut.ops._numba.scalar import JIT, intrinsic
 from taut.sources import digest
 
 WORD = ir.IntType(64)
+FIXED: dict[str, Any] = JIT | {"_nrt": False}
+"""For what makes no arrays: references are not counted."""
 Address = Callable[[], int]
 SOURCES = "**/_numba/*.py", "ops/_weights.py"
 """All that a kernel may be made of."""
@@ -30,15 +32,30 @@ SOURCES = "**/_numba/*.py", "ops/_weights.py"
 class Kept(FunctionCache):
     """Machine code on disk, until any source changes: numba itself would look at the file of the function alone."""
 
-    def __init__(self, function: Callable[..., Any]):
+    def __init__(self, function: Callable[..., Any], allocates: bool = False):
         super().__init__(function)
         self._cache_file._source_stamp = digest(*SOURCES)
+        self.allocates = allocates
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """Without preparing numba to compile, which takes half a second, where only memory would need that."""
+        if self.allocates:
+            return super().load_overload(sig, target_context)
+        with self._guard_against_spurious_io_errors():
+            return self._load_overload(sig, target_context)
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """`function` as a part of others, or called from Python."""
-    compiled: Any = njit(**JIT)(function)
+    """`function` as a part of others, or called from Python. It takes memory from its caller."""
+    compiled: Any = njit(**FIXED)(function)
     compiled._cache = Kept(function)
+    return compiled
+
+
+def allocating(function: Callable[..., Any]) -> Any:
+    """The same for what makes arrays of its own, and for all that call it."""
+    compiled: Any = njit(**JIT)(function)
+    compiled._cache = Kept(function, allocates=True)
     return compiled
 
 
@@ -48,7 +65,7 @@ def kernel(function: Callable[..., None]) -> Address:
 
     @cache  # the machine code goes with this object
     def compiled() -> Any:
-        found: Any = CFunc(function, signature, {}, JIT)
+        found: Any = CFunc(function, signature, {}, FIXED)
         found._cache = Kept(function)
         found.compile()
         return found

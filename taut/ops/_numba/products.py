@@ -8,7 +8,7 @@ import numba as nb
 import numpy as np
 
 from taut.ops._numba.formats import share_of
-from taut.ops._numba.kernels import jit
+from taut.ops._numba.kernels import allocating, jit
 from taut.ops._numba.nibbles import arrange, grouped
 from taut.ops._numba.parallel import shared
 from taut.ops._numba.planes import COPIES, WIDE
@@ -42,7 +42,7 @@ def activate(x, act):
     return x
 
 
-@jit
+@allocating
 def gather(x, gain, norm, eps, tokens, k, x_tag, gain_tag):
     """(x gain in float32, the scalar that each token's products are still to be multiplied by).
 
@@ -112,7 +112,7 @@ def _weigh_int4(w, s, x, x_stride, tokens, k, first, last, out, w_tag, s_tag):
     grouped(w, s, x, x_stride, tokens, k, first, last, out, 4 * BLOCK, w + last * (k // 2), s_tag)
 
 
-@jit
+@allocating
 def linear_part(part, parts, h, k, alpha, w, s, bias, residual, y, n, w_tag, s_tag, b_tag, y_tag):
     """The part-th share of the rows of y = alpha (w h) + bias + residual."""
     tokens, stride = len(alpha), 4 * h.shape[1]
@@ -135,7 +135,7 @@ def linear_part(part, parts, h, k, alpha, w, s, bias, residual, y, n, w_tag, s_t
 share_linear = shared(linear_part)
 
 
-@jit
+@allocating
 def linear(
     x, w, s, gain, bias, residual, y, squares, tokens, k, n, norm, eps, parts, x_tag, w_tag, s_tag, g_tag, b_tag
 ):
@@ -152,7 +152,7 @@ def linear(
             sums[t] = total
 
 
-@jit
+@allocating
 def glu_part(part, parts, h, k, alpha, gate, gate_s, up_, up_s, y, n, act, w_tag, s_tag, y_tag):
     """The part-th share of the rows of y = act(alpha (gate h)) * alpha (up h)."""
     tokens, x, stride = len(alpha), h.ctypes.data, 4 * h.shape[1]
@@ -172,7 +172,7 @@ def glu_part(part, parts, h, k, alpha, gate, gate_s, up_, up_s, y, n, act, w_tag
 share_glu = shared(glu_part)
 
 
-@jit
+@allocating
 def norm_glu(x, gate, gate_s, up_, up_s, gain, y, tokens, k, n, eps, act, parts, x_tag, w_tag, s_tag, g_tag):
     """y = act(h gate^T) * (h up^T) with h = rms_norm(x, gain, eps)."""
     h, alpha = gather(x, gain, True, eps, tokens, k, x_tag, g_tag)

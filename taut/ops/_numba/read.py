@@ -5,7 +5,7 @@ from __future__ import annotations
 import numba as nb
 import numpy as np
 
-from taut.ops._numba.kernels import jit
+from taut.ops._numba.kernels import allocating, jit
 from taut.ops._numba.parallel import shared
 from taut.ops._numba.rows import NEAR, fetch_all
 from taut.ops._numba.scalar import array, span
@@ -38,7 +38,7 @@ def read_part(part, parts, address, count, sums):
 share_read = shared(read_part)
 
 
-@jit
+@allocating
 def read(address, count, parts):
     """The sum of `count` float32 values, by `parts` threads."""
     sums = np.zeros(parts, np.float32)

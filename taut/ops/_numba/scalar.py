@@ -9,7 +9,6 @@ import numpy as np
 from llvmlite import binding, ir
 from numba import extending, njit, types
 from numba.core import cgutils
-from numba.np.numpy_support import carray
 
 # Their results are called otherwise than what they decorate, which type checkers cannot know.
 intrinsic: Any = extending.intrinsic
@@ -108,17 +107,44 @@ def down(_typing, value, tag):
 
 
 @intrinsic
-def pointer(_typing, address, tag):
-    def generate(context, builder, signature, args):
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(tag)(address, tag), generate
-
-
-@njit(inline="always")
-def array(address, shape, tag):
+def array(_typing, address, shape, tag):
     """The memory at an address as an array of the tag's dtype."""
-    return carray(pointer(address, tag), shape)
+    return _array_of(types.unliteral(tag), address, shape, tag)
+
+
+@intrinsic
+def floats(_typing, address, count):
+    """The memory at an address as so many float32."""
+    return _array_of(types.float32, address, count)
+
+
+@intrinsic
+def words(_typing, address, count):
+    """The memory at an address as so many int64."""
+    return _array_of(types.int64, address, count)
+
+
+def _array_of(dtype: types.Type, address: types.Type, shape: Any, *more: types.Type) -> Any:
+    """numba's carray is a function, and a function that counts no references cannot return an array."""
+    many = isinstance(shape, types.BaseTuple)
+    sizes_of: Any = shape if many else [shape]
+    kind = types.Array(dtype, len(sizes_of), "C")
+
+    def generate(context, builder, signature, args):
+        from numba.np.arrayobj import make_array, populate_array  # what loads machine code does not need it
+
+        sizes = cgutils.unpack_tuple(builder, args[1]) if many else [args[1]]
+        sizes = [context.cast(builder, size, of, types.intp) for size, of in zip(sizes, sizes_of, strict=True)]
+        item = context.get_constant(types.intp, context.get_abi_sizeof(context.get_data_type(dtype)))
+        strides = [item]
+        for size in reversed(sizes[1:]):
+            strides.insert(0, builder.mul(strides[0], size))
+        found = make_array(kind)(context, builder)
+        data = builder.inttoptr(args[0], found.data.type)
+        populate_array(found, data=data, shape=sizes, strides=strides, itemsize=item, meminfo=None)
+        return found._getvalue()
+
+    return kind(address, shape, *more), generate
 
 
 @njit(inline="always")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import numba as nb
-import numpy as np
 
 from taut.ops._numba.abreast import asks_ahead
 from taut.ops._numba.formats import INT4_HALF, is_abreast, place_of, share_of
@@ -14,17 +13,12 @@ from taut.ops._numba.nibbles import arrange
 from taut.ops._numba.planes import COPIES, WIDE
 from taut.ops._numba.products import activate
 from taut.ops._numba.rows import AHEAD, ROWS
-from taut.ops._numba.scalar import array, span, tanh
+from taut.ops._numba.scalar import floats, span, tanh
 from taut.ops._numba.simd import LANES
 from taut.runtime._numba.table import CENTRED, PLAIN, STEP
 
 BLOCK = 1024
 """Rows of a weight whose products a thread holds before it finishes them."""
-
-
-@jit
-def floats(address, count):
-    return array(address, count, np.float32(0))
 
 
 @jit
@@ -71,11 +65,12 @@ def room_for(k):
 
 @jit
 def gather(p, rows, scratch, padded):
-    """Copy the normed input into scratch, padded with zeros; the divisions are put off and lie behind it.
+    """Copy the normed input into scratch, padded with zeros; the divisions are put off and lie at what it gives.
 
     Behind the input lies the same arranged, where a weight is in int4.
     """
-    k, factors = p.k, floats(scratch + 4 * (1 + COPIES) * padded * rows, rows)
+    k, behind = p.k, scratch + 4 * (1 + COPIES) * padded * rows
+    factors = floats(behind, rows)
     for t in range(rows):
         x, to = floats(p.x + t * p.x_stride, k), floats(scratch + 4 * padded * t, padded)
         mean, alpha = statistics(x, k, p.norm, p.eps)
@@ -86,7 +81,7 @@ def gather(p, rows, scratch, padded):
             to[i] = 0
     if p.form >= INT4_HALF or p.form2 >= INT4_HALF:
         arrange(scratch, scratch + 4 * padded * rows, padded * rows)
-    return factors
+    return behind
 
 
 @jit
@@ -166,7 +161,7 @@ def unasked(p, rows, part, parts):
 def linear(step, _attention, rows, _tokens, _positions, _slots, scratch, part, parts, after):
     p = record(step, STEP)
     padded = padded_to(p.k)
-    factors = gather(p, rows, scratch, padded)
+    factors = floats(gather(p, rows, scratch, padded), rows)
     out = scratch + 4 * room_for(p.k) * rows
     x, stride = seen_by(p.form, scratch, rows, padded)
     begin, end = rows_of(p, part, parts)
@@ -184,7 +179,7 @@ def linear(step, _attention, rows, _tokens, _positions, _slots, scratch, part, p
 def glu(step, _attention, rows, _tokens, _positions, _slots, scratch, part, parts, after):
     p = record(step, STEP)
     padded = padded_to(p.k)
-    factors = gather(p, rows, scratch, padded)
+    factors = floats(gather(p, rows, scratch, padded), rows)
     gate = scratch + 4 * room_for(p.k) * rows
     up = gate + 4 * BLOCK * rows
     x, stride = seen_by(p.form, scratch, rows, padded)

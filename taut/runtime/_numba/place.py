@@ -12,8 +12,8 @@ from taut.ops._numba.decode import HIDDEN, chunk, merge
 from taut.ops._numba.formats import BFLOAT16, FLOAT16, FLOAT32, INT4_HALF, INT8
 from taut.ops._numba.kernels import Address, invoke, jit, kernel, record
 from taut.ops._numba.rows import NEAR, fetch, fetch_all
-from taut.ops._numba.scalar import array, down, span, up
-from taut.runtime._numba.dense import floats, scaled, statistics
+from taut.ops._numba.scalar import array, down, floats, span, up, words
+from taut.runtime._numba.dense import scaled, statistics
 from taut.runtime._numba.table import ATTENTION, STEP
 
 CHUNK, LONG_CHUNK = 32, 512
@@ -24,11 +24,6 @@ CACHES = {FLOAT32: np.float32(0), BFLOAT16: np.uint16(0), FLOAT16: np.int16(0)}
 """Formats of a cache, and numbers of the type that they are kept in."""
 MOST_ASKED = 1 << 17
 """Bytes of keys and values that a thread asks for early: a part of its second cache."""
-
-
-@jit
-def words(address, count):
-    return array(address, count, np.int64(0))
 
 
 @jit

@@ -8,8 +8,8 @@ import numpy as np
 from taut.ops._numba.decode import adjust, weigh
 from taut.ops._numba.kernels import jit
 from taut.ops._numba.parallel import shared
-from taut.ops._numba.scalar import array, exp, span, up
-from taut.runtime._numba.dense import activated, floats
+from taut.ops._numba.scalar import array, exp, floats, span, up
+from taut.runtime._numba.dense import activated
 
 
 @jit
