@@ -88,7 +88,10 @@ def compressed(weight: Tensor) -> Laid | None:
     tag, stored = COMPRESSED[weight.dtype]
     (n, k), blocks, parts = weight.shape, -(-len(weight) // ABREAST), threads(weight.nbytes)
     tables, given = np.empty((blocks, c.NAMES), np.uint8), weight.contiguous()
-    most = name_all(given.data_ptr(), n, k, weight.itemsize, tables.ctypes.data, parts)
+    counts, found = np.empty((parts, 256), np.int64), np.zeros(parts, np.int64)
+    places = tables.ctypes.data, counts.ctypes.data, found.ctypes.data
+    name_all(given.data_ptr(), n, k, weight.itemsize, *places, parts)
+    most = int(found.max())
     room = -(-most // c.ALIGNED) * c.ALIGNED
     size = c.size_of_block(k, weight.itemsize, room)
     if most > MOST_EXCEPTIONS * ABREAST * k or size >= ABREAST * k * weight.itemsize:
@@ -96,7 +99,8 @@ def compressed(weight: Tensor) -> Laid | None:
 
     def write(memory: Tensor) -> Tensor:
         given = weight.contiguous()  # a copy of one weight at a time
-        compress(given.data_ptr(), n, k, tables.ctypes.data, room, memory.data_ptr(), tag, parts)
+        edges = np.empty((parts, c.NUMBERS * weight.itemsize), np.uint8)
+        compress(given.data_ptr(), n, k, tables.ctypes.data, room, edges.ctypes.data, memory.data_ptr(), tag, parts)
         return memory.view(blocks, size).view(stored)
 
     return Laid(blocks * size, write)

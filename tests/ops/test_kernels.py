@@ -15,6 +15,8 @@ from taut.ops._numba.scalar import array
 
 EVERY = """
 import sys
+import torch
+from taut.ops._laid import compressed
 from taut.ops._numba.formats import PRODUCTS
 from taut.runtime._numba import dense, place
 from taut.runtime._numba.interpreter import run
@@ -22,6 +24,8 @@ steps = dense.linear, dense.glu, dense.normalize, dense.combine, place.embed, pl
 kinds = *PRODUCTS.values(), *place.APPEND.values(), *place.ATTEND_CHUNK.values()
 for kernel in (*steps, place.attend_early, place.merge_chunks, run, *kinds):
     kernel()
+if laid := compressed(torch.ones(16, 64, dtype=torch.bfloat16)):
+    laid.write(torch.empty(laid.nbytes, dtype=torch.uint8))
 print("numba.np.arrayobj" in sys.modules)
 """
 PAIR = np.dtype([("count", np.int64), ("scale", np.float64)])

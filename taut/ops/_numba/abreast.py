@@ -136,7 +136,7 @@ def turn(_typing, tag, blocks, tokens, w, apart, heads, stop, after, x, x_stride
             if many == 1:
                 for place in here:
                     ask_near(builder, kind, place, lines)
-            elif ROOMY:
+            elif ROOMY:  # by pairs: of int8, whose rounds are lines, every second one
                 prefetch(builder, of_a_pair(builder, at(builder, ahead, (index, size))), lines)
             for n in range(0, INPUTS, step):
                 inputs = [at(builder, place, (index, 4 * INPUTS), (n, 4)) for place in tokens_at]

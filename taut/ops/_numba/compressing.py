@@ -22,10 +22,10 @@ from taut.ops._numba.compressed import (
     size_of_block,
     size_of_round,
 )
-from taut.ops._numba.kernels import allocating, jit
+from taut.ops._numba.kernels import jit
 from taut.ops._numba.parallel import shared
 from taut.ops._numba.rows import indices
-from taut.ops._numba.scalar import INT16, array, intrinsic, span, splat
+from taut.ops._numba.scalar import INT16, array, intrinsic, span, splat, words
 from taut.ops._numba.simd import BITS, WIDTH, at, store
 from taut.ops._weights import ABREAST, INPUTS
 
@@ -36,10 +36,10 @@ def high_byte(place, size):
     return array(place + size - 1, 1, np.uint8(0))[0]
 
 
-@allocating
-def name_part(part, parts, w, n, k, size, tables, most):
+@jit
+def name_part(part, parts, w, n, k, size, tables, counts, most):
     """Write the tables of a share of the blocks, and the most exceptions of one of them."""
-    counts = np.zeros(256, np.int64)
+    counts, most = words(counts + 8 * 256 * part, 256), words(most + 8 * part, 1)
     for block in range(*span((n + ABREAST - 1) // ABREAST, part, parts)):
         rows, table = min(ABREAST, n - block * ABREAST), array(tables + block * NAMES, NAMES, np.uint8(0))
         counts[:] = 0
@@ -52,21 +52,23 @@ def name_part(part, parts, w, n, k, size, tables, most):
                 if counts[high] > counts[best]:
                     best = high
             table[name], counts[best] = best, 0
-        most[part] = max(most[part], counts.sum())
+        unnamed = 0
+        for count in counts:
+            unnamed += count
+        most[0] = max(most[0], unnamed)
 
 
 share_names = shared(name_part)
 
 
-@allocating
-def name_all(w, n, k, size, tables, parts):
-    """Write the tables of a weight (n, k) of numbers of so many bytes; the most exceptions of a block.
+@jit
+def name_all(w, n, k, size, tables, counts, most, parts):
+    """Write the tables of a weight (n, k) of numbers of so many bytes, and the most exceptions of a block of each part.
 
-    A table has zero and the fifteen high bytes that are most frequent in its block.
+    A table has zero and the fifteen high bytes that are most frequent in its block. `counts` has room for 256 int64 a
+    part, `most` zeros for one.
     """
-    most = np.zeros(parts, np.int64)
-    share_names(parts, (w, n, k, size, tables, most))
-    return most.max()
+    share_names(parts, (w, n, k, size, tables, counts, most))
 
 
 @intrinsic
@@ -120,12 +122,12 @@ def joined(builder: Any, a: Any, b: Any) -> Any:
     return builder.shuffle_vector(a, b, indices(*range(2 * a.type.count)))
 
 
-@allocating
-def compress_part(part, parts, w, n, k, tables, room, to, tag):
+@jit
+def compress_part(part, parts, w, n, k, tables, room, edges, to, tag):
     """Write a share of the blocks. What is at the edge of the weight is packed from a copy with zeros around it."""
     size = array(w, 1, tag).itemsize
-    rounds, row_size, edge = (k + INPUTS - 1) // INPUTS, k * size, np.zeros(NUMBERS * size, np.uint8)
-    whole = size_of_block(k, size, room)
+    rounds, row_size, whole = (k + INPUTS - 1) // INPUTS, k * size, size_of_block(k, size, room)
+    edge = edges + part * NUMBERS * size
     for block in range(*span((n + ABREAST - 1) // ABREAST, part, parts)):
         rows, source, begin = min(ABREAST, n - block * ABREAST), w + block * ABREAST * row_size, to + block * whole
         table, end = tables + block * NAMES, begin + whole - room * EXCEPTION
@@ -136,10 +138,10 @@ def compress_part(part, parts, w, n, k, tables, room, to, tag):
         for i in range(rounds):
             taken, at, apart = min(INPUTS, k - i * INPUTS), source + i * INPUTS * size, row_size
             if rows < ABREAST or taken < INPUTS:
-                edge[:] = 0
+                array(edge, NUMBERS * size, np.uint8(0))[:] = 0
                 for row in range(rows):
-                    copy_bytes(at + row * row_size, np.int64(edge.ctypes.data) + row * INPUTS * size, taken * size)
-                at, apart = np.int64(edge.ctypes.data), INPUTS * size
+                    copy_bytes(at + row * row_size, edge + row * INPUTS * size, taken * size)
+                at, apart = edge, INPUTS * size
             if pack(tag, at, apart, table, begin + HEAD + i * size_of_round(size)):
                 end = put_exceptions(at, apart, size, i * INPUTS, table, end)
 
@@ -147,10 +149,13 @@ def compress_part(part, parts, w, n, k, tables, room, to, tag):
 share_blocks = shared(compress_part)
 
 
-@allocating
-def compress(w, n, k, tables, room, to, tag, parts):
-    """Write a weight (n, k) of the tag's type, with room for so many exceptions a block."""
-    share_blocks(parts, (w, n, k, tables, room, to, tag))
+@jit
+def compress(w, n, k, tables, room, edges, to, tag, parts):
+    """Write a weight (n, k) of the tag's type, with room for so many exceptions a block.
+
+    `edges` has room for a round of the weight a part.
+    """
+    share_blocks(parts, (w, n, k, tables, room, edges, to, tag))
 
 
 @jit

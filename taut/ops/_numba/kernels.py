@@ -22,8 +22,6 @@ from taut.ops._numba.scalar import JIT, intrinsic
 from taut.sources import digest
 
 WORD = ir.IntType(64)
-FIXED: dict[str, Any] = JIT | {"_nrt": False}
-"""For what makes no arrays: references are not counted."""
 Address = Callable[[], int]
 SOURCES = "**/_numba/*.py", "ops/_weights.py"
 """All that a kernel may be made of."""
@@ -38,25 +36,28 @@ class Kept(FunctionCache):
         self.allocates = allocates
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        """Without preparing numba to compile, which takes half a second, where only memory would need that."""
+        """numba would first prepare to compile, which takes half a second and only what allocates needs."""
         if self.allocates:
             return super().load_overload(sig, target_context)
         with self._guard_against_spurious_io_errors():
             return self._load_overload(sig, target_context)
 
 
-def jit(function: Callable[..., Any]) -> Any:
+def options(allocates: bool) -> dict[str, Any]:
+    """How a function is compiled. References to arrays are counted only where it makes some."""
+    return JIT | {"_nrt": allocates}
+
+
+def jit(function: Callable[..., Any], allocates: bool = False) -> Any:
     """`function` as a part of others, or called from Python. It takes memory from its caller."""
-    compiled: Any = njit(**FIXED)(function)
-    compiled._cache = Kept(function)
+    compiled: Any = njit(**options(allocates))(function)
+    compiled._cache = Kept(function, allocates)
     return compiled
 
 
 def allocating(function: Callable[..., Any]) -> Any:
     """The same for what makes arrays of its own, and for all that call it."""
-    compiled: Any = njit(**JIT)(function)
-    compiled._cache = Kept(function, allocates=True)
-    return compiled
+    return jit(function, allocates=True)
 
 
 def kernel(function: Callable[..., None]) -> Address:
@@ -65,7 +66,7 @@ def kernel(function: Callable[..., None]) -> Address:
 
     @cache  # the machine code goes with this object
     def compiled() -> Any:
-        found: Any = CFunc(function, signature, {}, FIXED)
+        found: Any = CFunc(function, signature, {}, options(allocates=False))
         found._cache = Kept(function)
         found.compile()
         return found
